@@ -53,7 +53,7 @@ def open_source(settings: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> Pr
     if seed < 0:
         raise ValueError(f"seed={seed} must be 0 or more")
     if settings.scheduled:
-        from .mixture import MixtureSource  # here: it imports this module's types
+        from .mixture import MixtureSource  # here: it is made of the sources below
 
         return MixtureSource(settings, lambda one: _open_one(one, tokenizer, seed), seed)
     return _open_one(settings, tokenizer, seed)

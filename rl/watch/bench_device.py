@@ -78,8 +78,7 @@ QUICK = Sizes(
 def measure(
     device: str = "auto", sizes: Sizes | None = None, model: str | None = None
 ) -> dict[str, Any]:
-    """Runs all parts; the results by part. model: a local directory to decode with; None: a tiny
-    model made here."""
+    """Runs all parts; results by part. model: a local directory; None: a tiny model made here."""
     target = platform.named(device)
     sizes = sizes or (QUICK if target.is_cpu else Sizes())
     where = platform.device_of_process(target)
@@ -233,8 +232,7 @@ def _ended(workers: list[subprocess.Popen[str]]) -> dict[str, Any]:
 def decode(
     target: Platform, where: torch.device, sizes: Sizes, model: str | None
 ) -> dict[str, Any]:
-    """Seconds of a decode step of the embedded engine: `seconds[i][j]` with `running[i]` answers
-    after `context[j]` tokens."""
+    """Seconds of a decode step: `seconds[i][j]` with `running[i]` answers, `context[j]` tokens."""
     from ...rollout.embedded.engine import EmbeddedEngine
     from ...rollout.samples import Prompt, Sampling
 

@@ -17,8 +17,7 @@ from .bench_timing import seconds, waiting
 def exchange(
     device: str, rank: int, ranks: int, port: int, size: int, rounds: int, deadline: float
 ) -> dict[str, object]:
-    """Bytes a second of an all-reduce and of a broadcast of `size` bytes of float32; an `error` if
-    the sum is wrong."""
+    """Bytes a second of an all-reduce and a broadcast; `error` if the sum is wrong."""
     target = platform.named(device)
     platform.set_threads(1)
     where = platform.device_of_process(target, 0 if target.is_cpu else rank)

@@ -24,6 +24,5 @@ def seconds(run: Callable[[], object], wait: Callable[[], object], rounds: int) 
 
 
 def waiting(target: Platform) -> Callable[[], object]:
-    """A function that blocks until the device has finished its queue; one that returns at once for
-    a CPU."""
+    """A function that blocks until the device is idle; on a CPU it returns at once."""
     return (lambda: None) if target.is_cpu else torch.accelerator.synchronize

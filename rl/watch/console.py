@@ -146,8 +146,7 @@ class StageConsole:
         )
 
     def _due(self, step: int) -> bool:
-        """Whether a step is worth a line: the first, the last, every tenth part and every
-        minute."""
+        """Whether a step gets a line: the first, the last, every tenth part, every minute."""
         return (
             self._last_line < 0
             or step - self._last_line >= max(1, self._steps // 10)
@@ -156,8 +155,7 @@ class StageConsole:
         )
 
     def _remaining(self, step: int) -> str:
-        """`  SECONDS s/step  TIME left` by the mean of the steps so far; "" before the first and
-        after the last."""
+        """`  SECONDS s/step  TIME left` by the mean of the steps so far; "" if unknown or done."""
         done, left = step - self._first_step, self._steps - step
         if done <= 0 or left <= 0:
             return ""
@@ -168,8 +166,7 @@ class StageConsole:
 def panel(
     head: RenderableType, shown: Mapping[str, str], said: Mapping[str, str], warning: str
 ) -> RenderableType:
-    """A head, figures in columns below it, then a line for each text in `said` and the warning. No
-    text is read as markup."""
+    """A head, figures in columns, then a line for each text and the warning; nothing is markup."""
     table = Table.grid(padding=(0, 3))
     cells = [Text.assemble((f"{name} ", "dim"), value) for name, value in shown.items()]
     for at in range(0, len(cells), ACROSS):
@@ -181,8 +178,7 @@ def panel(
 
 
 def plain(text: str) -> str:
-    """Foreign text made safe for a terminal: control characters, and those that change the
-    direction of writing, become U+FFFD."""
+    """Foreign text with U+FFFD for control characters and those that change the direction."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 

@@ -12,8 +12,7 @@ from .plots import plain_words
 
 @plain_words
 def plot_curve(metrics: Path, picture: Path, title: str) -> Path | None:
-    """Accuracy, reward and answer length over RL steps, from `metrics.jsonl`; None if there is
-    nothing to draw yet."""
+    """Accuracy, reward and answer length over RL steps, from `metrics.jsonl`; None without data."""
     rows = read_metrics(metrics)
     train = [r for r in rows if r["axis"] == "train" and r["stage"] == "rl"]
     held_out = [r for r in rows if r["axis"] == "eval" and r["stage"] == "rl"]

@@ -206,8 +206,7 @@ def _png(title: str, drawn: Sequence[tuple[Panel, Mapping[str, Any]]]) -> bytes:
 
 
 def draw_all(run_dir: Path, file: Path) -> Path:
-    """Writes a picture of all sections of a run, one below the other. Raises ValueError if there is
-    nothing to draw."""
+    """Writes a picture of all sections of a run. Raises ValueError if there is nothing to draw."""
     import numpy as np
     from matplotlib import image
 

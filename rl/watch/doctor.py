@@ -161,8 +161,7 @@ def cores(machine: Machine) -> Iterator[Check]:
 
 
 def processes(machine: Machine) -> Iterator[Check]:
-    """The limit of processes, against which each of the hundreds of threads of Ray, vLLM and BLAS
-    counts."""
+    """The limit of processes; each of the hundreds of threads of Ray, vLLM and BLAS counts."""
     soft, _ = machine.limit("RLIMIT_NPROC")
     limits = [] if soft < 0 else [("ulimit -u", soft)]
     for path in ("/sys/fs/cgroup/pids.max", "/sys/fs/cgroup/pids/pids.max"):

@@ -49,8 +49,7 @@ def same(wanted: str) -> Callable[[Version], bool]:
 
 
 def versions(machine: Machine) -> Iterator[Check]:
-    """The versions of torch, torch-npu, vLLM, vllm-ascend, transformers and triton-ascend, against
-    one row of `MATRIX`."""
+    """The versions of torch, vLLM, transformers and their NPU packages, by one row of `MATRIX`."""
     row, uses_vllm = release(machine), _decodes_with_vllm(machine)
     tied = uses_vllm or machine.version("vllm-ascend") is not None
     install = f"pip install {{}}=={{}} --extra-index-url {INDEX}"
@@ -118,8 +117,7 @@ def python(machine: Machine) -> Iterator[Check]:
 
 
 def triton(machine: Machine) -> Iterator[Check]:
-    """Whether triton-ascend is whole: stock triton installs into the same folder. And what it
-    needs of numpy and clang."""
+    """Whether stock triton shares triton-ascend's folder; triton-ascend's numpy and clang."""
     stock, ours = machine.version("triton"), machine.version("triton-ascend")
     again = (
         "pip uninstall -y triton triton-ascend; pip install --no-deps"

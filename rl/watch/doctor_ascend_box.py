@@ -23,8 +23,7 @@ def smi(machine: Machine) -> str | None:
 
 
 def generation(machine: Machine) -> ascend.Generation | None:
-    """The generation of the cards, by the names that npu-smi prints: `910B3` on A2, `Ascend910` on
-    A3; None for others."""
+    """The cards' generation by npu-smi's names: `910B3` on A2, `Ascend910` on A3; None: others."""
     said = smi(machine) or ""
     if re.search(r"\b910B\d", said):
         return ascend.A2
@@ -32,8 +31,7 @@ def generation(machine: Machine) -> ascend.Generation | None:
 
 
 def cards(machine: Machine) -> Iterator[Check]:
-    """The device files of cards and driver, whether this user may use them, and whether there are
-    as many as the placement needs."""
+    """The device files: whether they exist, may be used, and are enough for the placement."""
     names = machine.listing("/dev")
     devices = [name for name in names if re.fullmatch(r"davinci\d+", name)]
     lacking = [name for name in NODES if name not in names]
@@ -76,8 +74,7 @@ KIND = re.compile(r"^\|\s*\d+\s+((?:Ascend)?\d{3}\w*)\s*\|\s*(\w+)\s*\|", re.MUL
 PROCESS = re.compile(
     r"^\|\s*(\d+)\s+\d+\s*\|\s*(\d+)\s*\|\s*([^|]*?)\s*\|\s*(\d+)\s*\|\s*$", re.MULTILINE
 )
-"""A line of its table of processes: card, pid, name, MB. Those of other containers are not in
-it."""
+"""A line of its table of processes (of this container alone): card, pid, name, MB."""
 MADE_FOR = re.compile(r"910B\d|Ascend910(?:_93\w*)?$|910_93")
 """A2 and A3, as npu-smi names their cards."""
 
@@ -121,8 +118,7 @@ def health(machine: Machine) -> Iterator[Check]:
 
 
 def visible(machine: Machine) -> Iterator[Check]:
-    """The variables that hide cards from processes: Ray sets them for each actor, and one from
-    outside interferes."""
+    """The variables that hide cards: Ray sets them for each actor, others interfere."""
     name, switch = str(NPU.visible_devices), str(NPU.ray_noset)
     given = machine.environ.get(name)
     if sees_all_cards(NPU, machine.environ):
@@ -200,8 +196,7 @@ def settings(machine: Machine) -> Iterator[Check]:
 
 
 def _switches(env: Mapping[str, str], graphs: bool) -> Iterator[Check]:
-    """Environment variables that apply to all processes at once. graphs: whether engines use ACL
-    graphs."""
+    """Variables that apply to all processes at once. graphs: whether engines use ACL graphs."""
     if env.get("TASK_QUEUE_ENABLE") == "2" and graphs:
         text = "2 for all processes: engines with ACL graphs fail or are slow"
         fix = "unset TASK_QUEUE_ENABLE; emberl gives learners 2 and engines 1"
@@ -237,15 +232,13 @@ def _switches(env: Mapping[str, str], graphs: bool) -> Iterator[Check]:
 
 
 def _has_rl_config(machine: Machine) -> bool:
-    """Whether the installed vllm-ascend has `rl_config`, decided as `rollout.vllm_backend.graphs`
-    does."""
+    """Whether vllm-ascend has `rl_config`, decided as in `rollout.vllm_backend.graphs`."""
     source = machine.read(f"{machine.package('vllm_ascend')}/ascend_config.py") or ""
     return "class RlConfig" in source
 
 
 def _rl_config(machine: Machine, given: Any, has_it: bool) -> Iterator[Check]:
-    """vllm-ascend's switch `rl_config` (0.27.1 and later) for weights that change, which graphs
-    need."""
+    """vllm-ascend's `rl_config` (0.27.1 and later) for weights that change; graphs need it."""
     have, name = machine.version("vllm-ascend"), "additional_config.rl_config"
     if given is not None and not has_it:
         text = f"vllm-ascend {have} has no such key (0.27.1 and later): it does nothing"

@@ -246,8 +246,7 @@ def _toolkit(machine: Machine, home: str) -> Check:
 
 
 def _libraries(machine: Machine, home: str, source: str) -> Iterator[Check]:
-    """Whether the paths of set_env.sh are still in the environment, and are those for the C++ ABI
-    of the installed torch."""
+    """Whether set_env.sh's paths are still set, and are for the C++ ABI of the installed torch."""
     paths = machine.environ.get("LD_LIBRARY_PATH", "").split(":")
     if not any(path == home or path.startswith(f"{home}/") for path in paths):
         text = f"has nothing of {home}: libhccl.so and libascendcl.so will not be found"

@@ -18,8 +18,7 @@ PORTS = (60000, 60015)
 TIMEOUTS = (120, 7200)
 """The least and the most seconds of HCCL_CONNECT_TIMEOUT."""
 PATIENT = 600
-"""Least seconds that a rank should wait for another in a collective: that one may still make a pass
-over long sequences."""
+"""Least seconds for a rank to wait for another, which may still pass over long sequences."""
 BUFFER = 1024
 """MB of HCCL_BUFFSIZE above which passes lack memory: each communicator takes it twice."""
 RANGES = ("HCCL_HOST_SOCKET_PORT_RANGE", "HCCL_NPU_SOCKET_PORT_RANGE")
@@ -81,8 +80,7 @@ FUSED = ("VLLM_ASCEND_ENABLE_MATMUL_ALLREDUCE", "VLLM_ASCEND_ENABLE_FLASHCOMM1")
 
 
 def _fused(machine: Machine) -> Iterator[Check]:
-    """Whether fused operators are on with A2 cards, where they exclude the ranges of ports that
-    emberl sets."""
+    """Whether fused operators are on with A2 cards, where emberl's ranges of ports exclude them."""
     for name in FUSED if generation(machine) is ascend.A2 else ():
         if machine.environ.get(name, "0") not in ("", "0"):
             text = f"on: its operators do not go with {' and '.join(RANGES)} on A2"
@@ -90,8 +88,7 @@ def _fused(machine: Machine) -> Iterator[Check]:
 
 
 def _ports(machine: Machine) -> Iterator[Check]:
-    """The ranges of ports, and whether the kernel may give their ports to other programs: without a
-    range HCCL takes 16 ports from 60000 on."""
+    """Whether the kernel may give HCCL's ports away: without a range these are 60000 to 60015."""
     env = machine.environ
     for name in RANGES:
         listed = env.get(name, "auto")
@@ -118,8 +115,7 @@ def _ports(machine: Machine) -> Iterator[Check]:
 
 
 def _range(name: str, given: str) -> Iterator[Check]:
-    """Whether a list of ports and ranges, e.g. `61000,61050-61100`, is valid, free of overlaps and
-    long enough."""
+    """Whether a list such as `61000,61050-61100` is valid, free of overlaps and long enough."""
     fix = f"unset {name}; emberl sets auto"
     ranges = _ranges(given)
     if ranges is None or any(not 1 <= first <= last <= 65535 for first, last in ranges):
@@ -154,8 +150,7 @@ def _ranges(text: str) -> list[tuple[int, int]] | None:
 
 
 def _interfaces(machine: Machine) -> Iterator[Check]:
-    """Whether the network interfaces and the address that variables name exist, and reach other
-    machines if there are any."""
+    """Whether the interfaces and the address in variables exist, and reach other machines."""
     here = machine.listing("/sys/class/net")
     config = machine.config
     several = config is not None and config.cluster.address is not None

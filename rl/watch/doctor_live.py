@@ -18,11 +18,9 @@ from .machine import Check, Examination, Machine, State
 PRODUCTS, COLLECTIVES = 180.0, 180.0
 """Deadlines in seconds, the start of the processes included."""
 ENGINE = 300.0
-"""Deadline in seconds for an engine and a learner, without a configuration's
-`cluster.start_timeout`."""
+"""Seconds for an engine and a learner, without a configuration's `cluster.start_timeout`."""
 SPARE = 60.0
-"""Seconds between the deadline of the ranks and that of the whole, which includes the start: the
-ranks' own error comes first."""
+"""Seconds by which the ranks' deadline, which names the fault, is before that of the whole."""
 GOOD, BAD = 0.4, 0.1
 """Shares of a data sheet's figure, below which a rate is a warning and an error. A product of 8192
 usually reaches 0.6 to 0.9."""
@@ -31,8 +29,7 @@ ALIKE = 0.8
 LINK = 0.25
 """Share of one link's rate that an all-reduce over all cards must reach."""
 APART = {"bfloat16": (0.02, 0.05), "float32": (0.001, 0.01)}
-"""training/rollout_probs_diff_mean of the small model from which it is a warning, and an error;
-rounding alone stays far below."""
+"""`MEAN` of the small model for a warning and for an error; rounding stays far below."""
 MEAN = "training/rollout_probs_diff_mean"
 
 
@@ -47,8 +44,7 @@ def device(machine: Machine) -> str:
 def ask(
     machine: Machine, part: str, deadline: float, role: str, order: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """The result of a part of `live_parts`, run in the environment of an actor of this role except
-    that it sees all cards."""
+    """The result of a part of `live_parts`, run as an actor of this role that sees all cards."""
     where = device(machine)
     environ = dict(machine.environ)
     if where in accelerators.PLATFORMS:
@@ -125,8 +121,7 @@ def engine(machine: Machine) -> Iterator[Check]:
 
 
 def judged(measured: Mapping[str, Any], name: str, deadline: float) -> Iterator[Check]:
-    """Checks from the result of the part `engine`: the engine, and its distance from the
-    learner."""
+    """Checks of the part `engine`'s result: the engine, and its distance from the learner."""
     if "error" in measured and measured.get("at") != "learner":
         ends = {"start": "did not start", "decoding": "did not decode"}
         what = ends.get(measured.get("at", ""), "did not come to decode")

@@ -47,8 +47,7 @@ def record_lengths(
     groups: Sequence[Group],
     trained: Sequence[Group] = (),
 ) -> Path:
-    """Writes the rows of one step; returns the file. version: the one that the step trains.
-    trained: those of the groups that train."""
+    """Writes the rows of a step that trains `version`; `trained`: those groups that do."""
     # by identity: a group with advantages is a copy that shares its tuple of completions
     advantages = {id(group.completions): group.advantages for group in trained}
     rows = [

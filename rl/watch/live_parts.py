@@ -63,8 +63,7 @@ def _cards(target: platform.Platform) -> int:
 
 
 def collectives(device: str, deadline: float) -> dict[str, Any]:
-    """Bytes a second of an all-reduce and of a broadcast; `link`: those of the data sheet, one way
-    between two cards, None if unknown."""
+    """Bytes a second of an all-reduce and a broadcast; `link`: the data sheet's; None: unknown."""
     target = platform.named(device)
     cards = _cards(target)
     if not target.is_cpu and cards < 2:
@@ -150,8 +149,7 @@ def _compared(
 
 
 def distance(learner: LearnerRank, batch: Batch, model: str) -> dict[str, Any]:
-    """The mismatch metrics that training would log of these tokens with this learner: NaN if any
-    of its log-probs is not finite."""
+    """The mismatch metrics of these tokens with this learner; NaN if a log-prob is not finite."""
     learner.connect(learner.address())
     try:
         learner.load(model)

@@ -68,8 +68,7 @@ class Machine:
         self.environ = environ
 
     def lacking(self, needed: bool) -> State:
-        """The state of a check of something absent: an error if the configuration needs it, else a
-        warning."""
+        """The state for something absent: an error if the configuration needs it."""
         return State.ERROR if needed and self.config is not None else State.WARNING
 
     def version(self, package: str) -> str | None:
@@ -110,8 +109,7 @@ class Machine:
         return places[0] if places else None
 
     def output(self, *command: str) -> str | None:
-        """The stdout of a program; None if there is no such program, or if it fails or does not
-        end within `PATIENCE`."""
+        """A program's stdout; None if it is absent, fails or is slower than `PATIENCE`."""
         try:
             ran = subprocess.run(
                 command, capture_output=True, text=True, timeout=PATIENCE, check=False
@@ -140,8 +138,7 @@ class Machine:
         return soft, hard
 
     def sandbox(self) -> str:
-        """The sandbox back end that code rewards get here, by a trial run. Raises
-        SandboxUnavailable."""
+        """The sandbox back end of code rewards, by a trial. Raises SandboxUnavailable."""
         server = choose_backend(None, allow_unsafe=False)
         server.close()
         return server.backend
@@ -157,8 +154,7 @@ class Machine:
             return []
 
     def outward(self) -> str:
-        """This machine's address on its route to others, which Ray takes too; loopback if there is
-        no route."""
+        """This machine's address on its route to others, as Ray takes it, or loopback."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
                 # sends nothing: connecting a UDP socket only chooses the route
@@ -225,8 +221,7 @@ def _lines(file: Any) -> list[str]:
 def _group_ended(
     command: list[str], deadline: float, environ: Mapping[str, str], out: Any, err: Any
 ) -> int | None:
-    """The exit status of a command; None if it had not ended by its deadline. Its whole process
-    group is killed in either case."""
+    """The exit status of a command; None at its deadline. Always kills its process group."""
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=dict(environ),
         start_new_session=True,

@@ -19,8 +19,7 @@ SAMPLES = '<form id="filters"></form>\n<div id="list"></div>'
 def write_page(
     file: Path, *, title: str, body: str, data: dict[str, Any], scripts: Sequence[str]
 ) -> Path:
-    """Writes a page; returns its path. body: HTML. data: the JSON that the scripts read. scripts:
-    names of files beside this one."""
+    """Writes a page. body: HTML; data: JSON for the scripts; scripts: names of files here."""
     text = Template((_HERE / "page.html").read_text()).substitute(
         title=escape(title),
         style=(_HERE / "page.css").read_text(),

@@ -34,8 +34,7 @@ async def traced(
     workers: Workers,
     alert: Callable[[str, str], None],
 ) -> AsyncIterator[None]:
-    """Traces its block if `step` is in `steps`, and writes the traces. A trace that fails is
-    reported by `alert`, and the step goes on."""
+    """Traces its block if `step` is in `steps`; a failure is an alert, and the step goes on."""
     if step not in steps:
         yield
         return

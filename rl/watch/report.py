@@ -49,16 +49,14 @@ _SHOWN = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Samples:
-    """The answers of a run for the page: data for `samples.js`, and a note on how many there
-    are."""
+    """The answers of a run for the page: data for `samples.js`, and a note on their number."""
 
     data: dict[str, Any]
     note: str
 
 
 def write_report(folder: Path, out: Path | None = None, against: Path | None = None) -> Path:
-    """Writes the page, by default `report.html` in the run's directory; returns its path. Raises
-    ConfigError if there is no run."""
+    """Writes the page (`report.html` in the run's directory). Raises ConfigError if it is none."""
     record = read_record(folder)
     other = read_record(against) if against is not None else None
     samples, spans = samples_of(folder), read_spans(folder)

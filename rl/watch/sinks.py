@@ -51,8 +51,7 @@ MOST_ROWS = 10_000
 MOST_TEXT = 2_000
 """Most characters of a text there."""
 WANDB_ID = "wandb_id"
-"""A file in the run's directory with the id by which a resumed run continues the same run at
-W&B."""
+"""A file in the run's directory with the id by which W&B continues the same run."""
 
 
 class Sink(Protocol):
@@ -81,8 +80,7 @@ class Background:
         tell: Callable[[str], None],
         sent: Sent | None = None,
     ) -> None:
-        """sent: the rows of earlier attempts, if the tracker continues the same run; those are not
-        sent again."""
+        """sent: the rows of earlier attempts of the same run, which are not sent again."""
         self.name = name
         self._sent = sent
         self._opening = opening
@@ -95,8 +93,7 @@ class Background:
         self._thread.start()
 
     def call(self, do: Callable[[Sink], None], key: str | None = None) -> None:
-        """Queues a call of `do` with the sink; returns at once. key: of a row that is to be sent
-        only once."""
+        """Queues a call of `do`; returns at once. key: of a row to be sent only once."""
         if self._failed:
             return
         try:
@@ -193,8 +190,7 @@ class Wandb:
         self._run.log({**metrics, "system/seconds" if axis == "system" else f"{axis}/step": step})
 
     def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Adds to one growing table, which W&B can filter and group by any column; the full texts
-        are in the run's `rollouts`."""
+        """Adds to one growing table, which W&B can filter; `rollouts` has the full texts."""
         if self._table is None:
             self._table = self._wandb.Table(
                 columns=list(columns), log_mode="INCREMENTAL", allow_mixed_types=True
@@ -203,7 +199,7 @@ class Wandb:
         for row in rows[: MOST_ROWS - len(self._table.data)]:
             self._table.add_data(*(_short(cell) for cell in row))
             self.waiting += 1
-        # each increment lists all before it, so they are made rarer: as the root of the rows
+        # each increment lists all before it, so their number must grow as the root of the rows only
         if self.waiting > INCREMENT * self._increments:
             self._log_table()
 
@@ -326,8 +322,7 @@ class MLflow:
 
 
 def open_sinks(config: Config, run_dir: Path, tell: Callable[[str], None]) -> list[Background]:
-    """Opens the trackers that the configuration names. A missing package is reported like any other
-    failure."""
+    """Opens the configured trackers. A missing package is reported like any other failure."""
     sinks = []
     mode = wandb_mode(config.tracking.wandb)
     if mode == "offline" and config.tracking.wandb == "auto":
@@ -348,8 +343,7 @@ def open_sinks(config: Config, run_dir: Path, tell: Callable[[str], None]) -> li
 
 
 def forget_tracked(run_dir: Path, *, anew: bool) -> None:
-    """Call it before an attempt that does other things than the ones before. anew: the trackers are
-    to see it as another run."""
+    """Forgets what was sent, for an attempt that redoes steps. anew: another run to trackers."""
     forget_sent(run_dir)
     if anew:
         (run_dir / WANDB_ID).unlink(missing_ok=True)

@@ -109,8 +109,7 @@ def read_spans(run_dir: Path) -> list[Span]:
 
 
 def in_lanes(spans: Iterable[Span]) -> dict[str, list[list[Span]]]:
-    """Track -> its spans in lanes, within which spans do not overlap unless one contains the
-    other."""
+    """Track -> its spans in lanes, in which spans are disjoint or one contains the other."""
     tracks: dict[str, list[list[Span]]] = {}
     under_way: dict[str, list[list[float]]] = {}  # for each lane the ends of its open spans
     for span in sorted(spans, key=lambda span: (span.start, -span.end)):
@@ -134,8 +133,7 @@ def _order(track: str) -> tuple[int, str]:
 
 
 def trace_of(spans: Sequence[Span]) -> dict[str, Any]:
-    """The spans as JSON in Chrome's trace event format: a thread for each lane, times in
-    microseconds."""
+    """The spans in Chrome's trace event format: a thread for each lane, times in microseconds."""
     events: list[dict[str, Any]] = []
     start = min((span.start for span in spans), default=0.0)
     number = 0

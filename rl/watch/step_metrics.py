@@ -179,8 +179,7 @@ def batch_metrics(
 
 
 def explained_variance(values: Array, returns: Array) -> float:
-    """1 - var(returns - values) / (var(returns) + 1e-5), both with N - 1 as in verl; 0 for fewer
-    than two tokens."""
+    """1 - var(returns - values) / (var(returns) + 1e-5), with N - 1 as in verl; 0 if N < 2."""
     if len(values) < 2:
         return 0.0
     return float(1 - np.var(returns - values, ddof=1) / (np.var(returns, ddof=1) + VARIANCE_EPS))

@@ -31,8 +31,7 @@ class NodeLoad:
         self._smi = shutil.which(SMI[0])
 
     def read(self) -> dict[str, float]:
-        """`cpu`, `memory`, `device_busy` and `device_memory` as fractions (of the devices: means),
-        and `memory_gib` in use."""
+        """`cpu`, `memory`, `device_busy`, `device_memory` as fractions, `memory_gib` in use."""
         memory = psutil.virtual_memory()
         load = {
             "cpu": psutil.cpu_percent() / 100,

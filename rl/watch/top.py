@@ -102,8 +102,7 @@ def _local(folder: str) -> Iterator[Callable[[], View]]:
 
 @contextmanager
 def _of_job(job: str, address: str, once: bool) -> Iterator[Callable[[], View]]:
-    """A function that reads the view of a Ray job, by a second, small job that follows its files
-    where they are until the block ends."""
+    """A function that reads the view of a Ray job, by a second job that follows its files."""
     from ..submit import follower
 
     script = f"tail -n {ROWS} {'' if once else '-F '}metrics.jsonl"

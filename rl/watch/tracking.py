@@ -92,16 +92,14 @@ class Tracker:
             tell(step, show or {})
 
     def _key(self, kind: str, stage: str, axis: Axis, step: int) -> str:
-        """The key by which a row that an earlier attempt sent is recognised; a count makes those
-        of equal rows distinct."""
+        """The key by which a row of an earlier attempt is known; equal rows are numbered."""
         key = f"{kind} {stage} {axis} {step}"
         self._rows[key] += 1
         return f"{key} {self._rows[key]}"
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """Shows, on the console and as a span, that the run does something else than steps, e.g.
-        `saving`."""
+        """Shows that the run does something else than steps, e.g. `saving`; also a span."""
         with self.spans.span("loop", what.split()[0]):
             if self._on_console is None:
                 yield
@@ -117,8 +115,7 @@ class Tracker:
         reader: AnswerReader,
         trained: Sequence[Group] = (),
     ) -> None:
-        """Queues answers to be kept by `tracking.rollouts`, and a few for the trackers; returns
-        before they are written."""
+        """Queues answers for `rollouts` and the trackers; does not wait for the disk."""
         how, few = self.config.tracking.rollouts, self.config.tracking.samples
         if how == "none" and not few:
             return
@@ -184,8 +181,7 @@ class Tracker:
         say(self.console, text)
 
     def alert(self, title: str, text: str) -> None:
-        """Prints a warning, appends it to `alerts.jsonl`, and sends it to the trackers as an
-        alert."""
+        """Prints a warning, appends it to `alerts.jsonl`, and alerts the trackers."""
         text = hidden(text)
         say(self.console, f"warning: {title}: {text}")
         if self._on_console is not None:
@@ -240,8 +236,7 @@ def sample_rows(
 
 
 def _cell(text: str) -> str:
-    """A text for a cell of Markdown; of a long one the beginning and the end, where the answer
-    is."""
+    """A cell of Markdown: of a long text the beginning and the end, where the answer is."""
     if len(text) > 2 * HALF_CELL:
         text = f"{text[:HALF_CELL]} [...] {text[-HALF_CELL:]}"
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
