@@ -1,10 +1,9 @@
-"""Streams of bits for weight patches: fields, numbers of unknown size, and Golomb-Rice codes that
-adapt.
+"""Streams of bits for weight patches: fields, numbers of any size, and adaptive Golomb-Rice codes.
 
 Bit i of a stream is bit i % 64 of word i // 64. `put` functions append to a stream, whose first
-word begins as 0, and return where they stopped. `get` functions return what they read and where it
-ends; what they read has `SLACK` words of zeros behind it. All numbers are int64: mixed operations
-would fall back to floating point.
+word must begin as 0, and return the position of its end. `get` functions return a value and the
+position of its end; the stream must have `SLACK` words of zeros behind it. All numbers are int64:
+in numba, int64 with uint64 gives float64.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -16,23 +15,23 @@ import sys
 from .lanes import compiled, shift_right, trailing_zeros
 
 UNARY = 24
-"""A quotient this large is not written in unary: the number follows in binary, after its length."""
+"""A quotient from here on is not written in unary: the number follows in binary, after its
+length."""
 WINDOW = 5
 """Each number moves the running mean by 1/2^WINDOW of its distance from it."""
 LARGEST_PARAMETER = 38
-"""So that quotient, end mark and remainder fit into 63 bits."""
+"""Largest Rice parameter, with which quotient, end mark and remainder fit into 63 bits."""
 SLACK = 6
-"""Zero words after a stream: what one turn of a reading loop takes before it looks at where it
-stands is shorter."""
+"""Zero words after a stream, more than a reading loop takes between two checks of its position, so
+that no check is needed at each read."""
 
 assert sys.byteorder == "little", "streams are little-endian words"
 
 
 @compiled
 def put(words, at, value, width):
-    """Appends the low `width` bits (at most 63) of `value`, which has none above them. Nothing
-    behind the word that `at` is in has to be set before; of that word, the bits from `at` on are
-    0."""
+    """Appends the low `width` bits (at most 63) of `value`, whose other bits must be 0. In the word
+    of `at`, the bits from `at` on must be 0; later words may hold anything."""
     word, shift = at >> 6, at & 63
     words[word] |= value << shift
     words[word + 1] = shift_right(shift_right(value, 1), 63 - shift)
@@ -41,7 +40,7 @@ def put(words, at, value, width):
 
 @compiled
 def get(words, at, width):
-    """(the number in the next `width` bits, at most 63; where it ends)."""
+    """(the number in the next `width` bits, at most 63; the position of its end)."""
     word, shift = at >> 6, at & 63
     value = shift_right(words[word], shift) | words[word + 1] << 1 << 63 - shift
     return value & ((1 << width) - 1), at + width
@@ -49,7 +48,7 @@ def get(words, at, width):
 
 @compiled
 def put_number(words, at, value):
-    """A number of unknown size: its length in 6 bits, then itself."""
+    """Appends a number of any size: its length in 6 bits, then itself."""
     length = 0
     while value >> length:
         length += 1
@@ -83,7 +82,7 @@ def get_rice(words, at, parameter):
 
 @compiled
 def adapt(mean, parameter, value):
-    """The running mean (times 2^WINDOW) and the parameter, floor(log2(mean)), once `value` has been
+    """(the running mean times 2^WINDOW, the parameter floor(log2(mean))) after `value` was
     coded."""
     mean += min(value, UNARY << parameter) - (mean >> WINDOW)
     while parameter < LARGEST_PARAMETER and mean >> WINDOW >> parameter > 1:

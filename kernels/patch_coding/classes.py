@@ -1,10 +1,10 @@
-"""Elements by class, and their ranks: how many elements of its own class come before one.
+"""Classes of elements by magnitude, and ranks: the number of elements of the same class before one.
 
-An element's magnitude is the number that its bits but the highest make: of floating-point numbers
-it ascends with the absolute value. Class c is what lies below the c-th threshold and not below the
-one before it; what lies below none is the last class. There are three thresholds, of which the
-first may be 0, with no element below. Masks tell the classes of 64 elements at a time, and a rank
-is a count of bits.
+An element's magnitude is its bits except the highest, as a number: for floating-point numbers it
+grows with the absolute value. Class c has the elements below the c-th threshold and not below the
+one before it; the last class has those below none. There are three thresholds; the first of them
+may be 0, with no element below. The classes of 64 elements at a time are bit masks, and a rank is a
+popcount.
 
 No function that takes an array is called in the loops over elements: numba counts references to
 arrays at each call, which takes longer than the work.
@@ -28,35 +28,35 @@ from .lanes import (
 
 CLASS_BITS = 2
 CLASSES = 1 << CLASS_BITS
-"""Of an optimizer's step four tell nearly all that sixteen do. The loops over elements are written
-out for four."""
+"""For an optimizer's step four classes save nearly as much as sixteen. The loops over elements are
+unrolled for four."""
 SAMPLE, STRIDE = 128, 16
-"""Thresholds are chosen by so many changes, looked for in one of so many words of 64 elements, then
-in all. With fewer, what classes save is less than what starting them costs."""
+"""Thresholds are estimated from `SAMPLE` changes in every `STRIDE`-th word of 64 elements, or if
+these have fewer, in all words. With fewer changes classes cost more than they save."""
 ROOM = 32
-"""Lists begin with room for one element in so many: the system would have to clear the pages of
-longer ones."""
+"""Lists begin with room for one change in so many elements: the system would have to clear the
+pages of longer ones."""
 LAST = 1 << 62
 HIGH_BITS = -0x7F7F7F7F7F7F7F80
 """The highest bit of each byte of a word."""
 SELECT = np.array(
     [[*[i for i in range(8) if byte >> i & 1], *[0] * 8][:8] for byte in range(256)], np.int64
 )
-"""[256, 8] where a byte's set bits are, from the lowest."""
+"""[256, 8] int64 positions of a byte's set bits, from the lowest."""
 
 
 @compiled
 def choose_thresholds(old, new):
-    """[3] magnitudes that part the changed ones of [n] unsigned integers into groups of about the
-    same number. Where they are few, or many of them equal, the first are 0; from there on they
-    ascend."""
-    found, count, low = np.empty(SAMPLE + 64, np.int64), 0, _low_bits(old.itemsize)
+    """[3] int64 magnitudes that split the changed elements of two [n] arrays of unsigned integers
+    into groups of about the same size. If there are few changes, or many equal magnitudes, the
+    first thresholds are 0; the others ascend."""
+    magnitudes, count, low = np.empty(SAMPLE + 64, np.int64), 0, _low_bits(old.itemsize)
     for stride in (STRIDE, 1):
         count = 0
         for word in range(0, len(old) >> 6, stride):
             changed = lanes_differ(old, new, word << 6)
             while changed:
-                found[count] = np.int64(old[word << 6 | trailing_zeros(changed)]) & low
+                magnitudes[count] = np.int64(old[word << 6 | trailing_zeros(changed)]) & low
                 count += 1
                 changed &= changed - 1
             if count >= SAMPLE:
@@ -65,10 +65,12 @@ def choose_thresholds(old, new):
             break
     thresholds, unused = np.zeros(CLASSES - 1, np.int64), CLASSES - 1
     if count >= SAMPLE:
-        found = np.sort(found[:count])
+        magnitudes = np.sort(magnitudes[:count])
         for number in range(CLASSES - 1, 0, -1):
-            threshold = found[number * count // CLASSES]
-            if threshold > found[0] and (unused == CLASSES - 1 or threshold < thresholds[unused]):
+            threshold = magnitudes[number * count // CLASSES]
+            if threshold > magnitudes[0] and (
+                unused == CLASSES - 1 or threshold < thresholds[unused]
+            ):
                 unused -= 1
                 thresholds[unused] = threshold
     return thresholds
@@ -76,9 +78,9 @@ def choose_thresholds(old, new):
 
 @compiled
 def find_changes(old, new, thresholds):
-    """Which elements differ and by how much: ([k] keys, [k] new minus old as signed numbers of the
-    elements' width, [4] how many elements each class has). A key is the rank * 4 + the class; those
-    of one class ascend."""
+    """The elements that differ: ([k] int64 keys, [k] int64 new minus old, as signed numbers of the
+    elements' width, [4] int64 number of elements in each class). A key is rank * 4 + class; the
+    keys of one class ascend."""
     size, count, low, above = len(old), 0, _low_bits(old.itemsize), 64 - 8 * old.itemsize
     keys, differences = np.empty(size // ROOM + 64, np.int64), np.empty(size // ROOM + 64, np.int64)
     seen, members, (t0, t1, t2) = (
@@ -86,7 +88,7 @@ def find_changes(old, new, thresholds):
         np.zeros(CLASSES, np.int64),
         thresholds,
     )
-    n0 = n1 = n2 = 0  # how many elements so far are below each threshold
+    n0 = n1 = n2 = 0  # numbers of elements so far that are below each threshold
     for word in range(size >> 6):
         if count + 64 > len(keys):
             keys, differences = _longer(keys), _longer(differences)
@@ -130,10 +132,10 @@ def find_changes(old, new, thresholds):
 
 @compiled
 def place_changes(old, out, thresholds, bounds, ranks, differences):
-    """Makes `out` what `old` becomes: the changes of class c are `bounds[c]:bounds[c + 1]`, with
-    ascending ranks. False if a class has no such rank."""
+    """Fills `out` with `old` after the changes, those of class c at `bounds[c]:bounds[c + 1]` with
+    ascending ranks. False if a class has no element of some rank."""
     size, low, (t0, t1, t2) = len(old), _low_bits(old.itemsize), thresholds
-    # each class's next change, and its rank
+    # for each class the index of its next change, and that one's rank
     at, following = bounds[:-1].copy(), np.full(CLASSES, LAST)
     seen, members, ends = (
         np.zeros(CLASSES, np.int64),
@@ -186,8 +188,7 @@ def place_changes(old, out, thresholds, bounds, ranks, differences):
 
 @compiled
 def by_class(keys, differences):
-    """Both class by class: ([k] ranks, [k] differences, [5] where each class begins and the last
-    ends)."""
+    """The changes sorted by class: ([k] ranks, [k] differences, [5] bounds of the classes)."""
     bounds, ranks, ordered = (
         np.zeros(CLASSES + 1, np.int64),
         np.empty_like(keys),
@@ -206,13 +207,13 @@ def by_class(keys, differences):
 
 @compiled
 def _low_bits(width):
-    """Of elements of so many bytes all but the highest."""
+    """The mask of all bits but the highest, of elements of `width` bytes."""
     return (1 << 8 * width - 1) - 1
 
 
 @compiled
 def _class_of(magnitude, thresholds):
-    """For the few elements after the last whole word."""
+    """The class of one element; for the few after the last whole word of 64."""
     number = 0
     while number < len(thresholds) and magnitude >= thresholds[number]:
         number += 1
@@ -228,14 +229,13 @@ def _longer(numbers):
 
 @compiled
 def _select(word, rank):
-    """The number of the set bit of `word` that has `rank` set bits below it: its byte by counting
-    all bytes' bits at once (Vigna 2008, "Broadword implementation of rank/select queries"), the bit
-    by a table."""
+    """The position of the set bit of `word` that has `rank` set bits below it: its byte by counting
+    the bits of all bytes at once (Vigna 2008, "Broadword implementation of rank/select queries"),
+    the bit in it by a table."""
     counts = word - (shift_right(word, 1) & 0x5555555555555555)
     counts = (counts & 0x3333333333333333) + (shift_right(counts, 2) & 0x3333333333333333)
-    counts = (
-        (counts + shift_right(counts, 4)) & 0x0F0F0F0F0F0F0F0F
-    ) * 0x0101010101010101  # of each byte and those below
+    # after this, byte i of counts is the number of set bits in bytes 0 to i
+    counts = ((counts + shift_right(counts, 4)) & 0x0F0F0F0F0F0F0F0F) * 0x0101010101010101
     start = popcount(((rank * 0x0101010101010101 | HIGH_BITS) - counts) & HIGH_BITS) << 3
     below = shift_right(counts << 8, start) & 255
     return start + SELECT[shift_right(word, start) & 255, rank - below]

@@ -1,23 +1,23 @@
-"""The coding loops of weight patches: where a tensor's elements changed and by how much, as a
-stream of bits.
+"""The coding loops of weight patches: positions and sizes of a tensor's changes as a stream of
+bits.
 
     stream = encode_changes(old, new)
     decode_changes(stream, old, out)           # out == new
 
 The stream is specified in `rollout/weights/wire_format.py`. Three things make it small. An
-optimizer's steps are about equally large everywhere, so whether a weight crosses to the next
-representable number depends on how far apart those stand at its size: elements are dealt into four
+optimizer's steps are about equally large everywhere, so whether a weight reaches the next
+representable number depends on the spacing of these at its magnitude: elements are split into four
 classes by their old magnitude, each with its own density of changes. Changes are coded as
 differences of the bit patterns read as integers, which are nearly always 1 or -1. And every number
 is a Golomb-Rice code whose parameter follows the running mean (Rice 1979; adapted as in JPEG-LS,
 ITU-T T.87, with an exponential window), so there are no tables, and a list costs about its entropy
-wherever its numbers cluster.
+also if its numbers cluster.
 
-It is fast because each side passes over the elements once, 64 at a time (`classes.py`), and all
-else is done for changes only. The loops are compiled by numba on first use and run without the
-interpreter's lock. `_put` and `_get` functions go with those of `bitstream.py`; a `_get` returns -1
-for where once a stream cannot be valid, and whatever it holds they touch nothing outside their
-arrays.
+It is fast because each side passes over the elements once, 64 at a time (`classes.py`), and
+everything else is done for changes only. The loops are compiled by numba on first use and run
+without the interpreter's lock. `_put` and `_get` functions extend those of `bitstream.py`; a `_get`
+returns -1 as the position if a stream is not valid. Streams may be hostile: whatever they hold,
+nothing outside the arrays is read or written.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -46,13 +46,14 @@ from .lanes import compiled
 Elements = NDArray[np.unsignedinteger]
 
 CHANGE_WORDS = 5
-"""Words that one change may take: three of the longest codes (24 + 6 + 63 bits) and its sign."""
+"""Most words of one change: three of the longest codes (24 + 6 + 63 bits) and its sign."""
 CLASS_WORDS = 6
-"""Words that a class takes beside its changes."""
+"""Most words of a class beside its changes."""
 
 
 def encode_changes(old: Elements, new: Elements) -> NDArray[np.uint8]:
-    """The stream that takes `old` to `new`, both [n] unsigned integers of one width."""
+    """The stream, as [bytes] uint8, that takes `old` to `new`, both [n] unsigned integers of one
+    width."""
     thresholds = choose_thresholds(old, new)
     keys, differences, totals = find_changes(old, new, thresholds)
     ranks, differences, bounds = by_class(keys, differences)
@@ -63,8 +64,8 @@ def encode_changes(old: Elements, new: Elements) -> NDArray[np.uint8]:
 
 
 def decode_changes(stream: NDArray[np.uint8], old: Elements, out: Elements) -> bool:
-    """Writes to `out` what `old` becomes; False, with `out` in any state, if this is no stream for
-    [n] elements."""
+    """Fills `out` with `old` after the changes, both [n]; False, with `out` in any state, if this
+    is no valid stream for them."""
     words, end = np.zeros(SLACK + -(-len(stream) // 8), np.int64), 8 * len(stream)
     words.view(np.uint8)[: len(stream)] = stream
     count, at, thresholds = _get_head(words, 8 * old.itemsize - 1)
@@ -93,7 +94,7 @@ def _put_head(words, count, thresholds, width):
 
 @compiled
 def _get_head(words, width):
-    """(how many changes, where the head ends or -1, thresholds)."""
+    """(number of changes, position of the head's end or -1, [3] thresholds)."""
     count, at = get_number(words, 0)
     used, at = get(words, at, CLASS_BITS)
     thresholds = np.zeros(CLASSES - 1, np.int64)
@@ -106,13 +107,13 @@ def _get_head(words, width):
 
 @compiled
 def _unused(thresholds):
-    """How many classes, the first ones, stand below nothing."""
+    """The number of thresholds that are 0, and so of first classes without elements."""
     return np.sum(thresholds == 0)
 
 
 @compiled
 def _put_gaps(words, at, ranks, parameter):
-    """Appends ascending ranks as the number of elements between one and the next."""
+    """Appends ascending ranks, each as the number of elements since the one before."""
     mean, last = 1 << parameter << WINDOW, -1
     for i in range(len(ranks)):
         gap = ranks[i] - last - 1
@@ -137,7 +138,7 @@ def _get_gaps(words, at, end, total, ranks, parameter):
 
 @compiled
 def _fill_others(ranks, others):
-    """Ascending: what is not among the ascending `ranks`, beginning with the lowest."""
+    """Fills `others` with the lowest numbers that are not in `ranks`; both ascend."""
     rank, passed = 0, 0
     for i in range(len(others)):
         while passed < len(ranks) and ranks[passed] == rank:
@@ -155,7 +156,7 @@ def _steps(difference):
 
 @compiled
 def _run(differences, first):
-    """How many differences from `first` on are 1 or -1."""
+    """The number of consecutive differences, from `first` on, that are 1 or -1."""
     last = first
     while last < len(differences) and _steps(differences[last]) == 0:
         last += 1
@@ -164,10 +165,10 @@ def _run(differences, first):
 
 @compiled
 def _put_differences(words, at, differences):
-    """Appends one bit for how, two parameters, and the differences: wide ones each with a sign and
-    |difference| - 1; narrow ones, of which most are 1 or -1, each with a sign, and all others with
-    |difference| - 2 and the run to the next."""
-    others, beyond = 0, 0.0
+    """Appends a bit `wide`, two parameters, and the differences. Wide: each with a sign and
+    |difference| - 1. Not wide, if most are 1 or -1: each with a sign, and those that are neither
+    also with |difference| - 2 and the length of the run of 1 and -1 after it."""
+    others, beyond = 0, 0.0  # a float, since the sum may not fit into 64 bits
     for i in range(len(differences)):
         others += _steps(differences[i]) > 0
         beyond += max(0, _steps(differences[i]) - 1)
@@ -228,9 +229,9 @@ def _get_differences(words, at, end, differences):
 
 @compiled
 def _put_classes(words, at, thresholds, totals, ranks, differences, bounds):
-    """Appends every class that is used: how many of its elements changed, whether the unchanged
-    ones are marked instead (and how many those are), which they are, and the differences. Class c's
-    changes are `bounds[c]:bounds[c + 1]`."""
+    """Appends every class that is used: the number of its changes, whether the unchanged elements
+    are marked instead (and their number), the gaps of those marked, and the differences. The
+    changes of class c are at `bounds[c]:bounds[c + 1]`."""
     for number in range(_unused(thresholds), CLASSES):
         changes = slice(bounds[number], bounds[number + 1])
         marks, total, count = ranks[changes], totals[number], bounds[number + 1] - bounds[number]
@@ -250,14 +251,16 @@ def _put_classes(words, at, thresholds, totals, ranks, differences, bounds):
 
 @compiled
 def _get_classes(words, at, end, size, thresholds, ranks, differences, bounds):
-    """Fills the last three, whose sizes are known; `size` is that of the tensor."""
+    """Fills `ranks` and `differences` [number of changes] and `bounds` [5]; returns the position of
+    the end, or -1. size: number of elements of the tensor."""
     if at < 0:
         return -1
     for number in range(_unused(thresholds), CLASSES):
         done = bounds[number]
         count, at = get_number(words, at)
         unchanged, at = get(words, at, 1)
-        if at > end or count > len(ranks) - done:  # never a sum: it could come out negative
+        # not `done + count > len(ranks)`: a hostile count could make the sum overflow
+        if at > end or count > len(ranks) - done:
             return -1
         changes, marked, total = slice(done, done + count), count, size
         marks = ranks[changes]

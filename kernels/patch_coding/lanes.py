@@ -1,8 +1,8 @@
-"""Instructions that numba has no words for: of one 64-bit word, and of the 64 elements of an array
-that a word's bits stand for.
+"""Instructions that numba does not offer, on one 64-bit word and on 64 elements of an array, one
+for each of a word's bits.
 
-What is compiled is kept between processes. numba sees a change of a function's own file only:
-whoever edits this one, `bitstream.py` or `classes.py` has to delete `__pycache__/*.nbi`.
+Compiled functions are cached between processes. numba notices changes of a function's own file
+only: after an edit of this file, `bitstream.py` or `classes.py`, delete `__pycache__/*.nbi`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -17,7 +17,7 @@ from numba.core import cgutils
 
 from ..kept import KEPT
 
-# it rewrites what it decorates in a way that no annotation tells
+# Any: it changes the signature of what it decorates in a way that types cannot express
 intrinsic: Any = extending.intrinsic
 
 LANES = 64
@@ -40,7 +40,7 @@ def trailing_zeros(_context, x):
 
 @intrinsic
 def shift_right(_context, x, by):
-    """Fills with zeros, unlike `>>` of a signed number."""
+    """A logical shift: fills with zeros, unlike `>>` of a signed number."""
     return types.int64(types.int64, types.int64), lambda _c, builder, _s, args: builder.lshr(
         args[0], args[1]
     )
@@ -48,7 +48,7 @@ def shift_right(_context, x, by):
 
 @intrinsic
 def prefetch(_context, array, index):
-    """Has the line of an element brought into the cache, to be written to."""
+    """Prefetches the cache line of an element, for writing."""
 
     def emit(context, builder, signature, args):
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
@@ -56,7 +56,8 @@ def prefetch(_context, array, index):
         number = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
         call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        builder.call(call, [address, number(1), number(3), number(1)])  # to write, soon, data
+        # LLVM's arguments: 1 for a write, 3 for the highest locality, 1 for the data cache
+        builder.call(call, [address, number(1), number(3), number(1)])
         return context.get_dummy_value()
 
     return types.void(array, types.int64), emit
@@ -64,8 +65,8 @@ def prefetch(_context, array, index):
 
 @intrinsic
 def lanes_differ(_context, a, b, start):
-    """Bit i: whether element start + i of `a` and of `b`, arrays of unsigned integers, are
-    different. All 64 must exist."""
+    """A word with bit i set if element start + i differs between `a` and `b`, arrays of unsigned
+    integers. All 64 elements must exist."""
 
     def emit(context, builder, signature, args):
         left, right = (
@@ -78,8 +79,8 @@ def lanes_differ(_context, a, b, start):
 
 @intrinsic
 def lanes_below(_context, a, start, bound):
-    """Bit i: whether element start + i, without its highest bit, is less than the bound. All 64
-    must exist."""
+    """A word with bit i set if element start + i, without its highest bit, is less than the bound.
+    All 64 elements must exist."""
 
     def emit(context, builder, signature, args):
         lanes = _load(context, builder, signature.args[0], args[0], args[1])
@@ -96,7 +97,7 @@ def lanes_below(_context, a, start, bound):
 
 @intrinsic
 def lanes_copy(_context, source, target, start):
-    """Copies 64 elements, all of which must exist."""
+    """Copies 64 elements from `start` on; all of them must exist."""
 
     def emit(context, builder, signature, args):
         lanes = _load(context, builder, signature.args[0], args[0], args[2])
@@ -109,8 +110,8 @@ def lanes_copy(_context, source, target, start):
 
 
 def _address(context, builder, array_type, array, start):
-    """Vectors of 64 lanes have no instructions of their own anywhere: LLVM makes as many of what
-    the machine has."""
+    """The address of 64 elements, as that of a vector of so many lanes."""
+    # no machine has instructions for 64 lanes: LLVM splits them into those that it has
     assert array_type.layout == "C", "elements have to lie side by side"
     element = context.get_value_type(array_type.dtype)
     data = context.make_array(array_type)(context, builder, array).data

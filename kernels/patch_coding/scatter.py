@@ -1,17 +1,17 @@
-"""Writing what changed into weights where they lie, with proof, and checksums that such a change
-updates.
+"""Loops that write changes into weights in place and verify them, and checksums that a change can
+update.
 
 A checkpoint's tensor, seen as rows of `columns` elements, lies in an engine's memory at
 
     element (r, c) -> place_rows[r - first_row] + place_columns[c - first_column]
 
 whatever the engine made of it: a part of a fused matrix, a rank's slice of it, a copy in blocks for
-matrix units (oneDNN's layouts are of this form, too). What is outside of these rows and columns is
-not in this memory.
+matrix units (oneDNN's layouts are of this form, too). Elements outside of these rows and columns
+are not in this memory.
 
-The checksum of a tensor is sum over p of weight(p) * element(p), modulo 2^64, where elements are
-read as unsigned integers and weights are odd numbers mixed from the position: a change of one
-element always changes it, one of several does but for one case in 2^64 (of changes that were not
+The checksum of a tensor is the sum over p of weight(p) * element(p), modulo 2^64, where elements
+are read as unsigned integers and weights are odd numbers mixed from the position: a change of one
+element always changes it, one of several does except in one case of 2^64 (for changes that were not
 made to fool it: it is no digest).
 """
 
@@ -25,21 +25,22 @@ from .lanes import compiled, prefetch, shift_right
 
 FIRST_FACTOR = -0x61C8864680B583EB
 SECOND_FACTOR = -0x4B47D0C5A2A4B1DB
-"""Odd; as signed 64-bit numbers (the first is 2^64 over the golden ratio, as in SplitMix64)."""
+"""Odd factors, as signed 64-bit numbers (the first is 2^64 over the golden ratio, as in
+SplitMix64)."""
 
 INTACT, OUTSIDE, UNSORTED = 0, 1, 2
 WRITTEN, OTHER, LOST = 0, 1, 2
 BLOCK = 256
-"""Elements that are read back at a time, while their lines of the cache are at hand: to fetch these
-once more costs as much as to write."""
+"""Elements that are read back at a time, while their cache lines are still loaded: loading them
+once more would cost as much as writing."""
 AHEAD = 64
-"""Elements ahead of the one that is written whose lines of the cache are asked for: about as many
-as a core waits for at once."""
+"""Elements by which prefetching is ahead of writing: about as many as the cache lines for which a
+core can wait at once."""
 
 
 @compiled
 def weight(position):
-    """An odd 64-bit number."""
+    """The odd 64-bit weight of a position in the checksum."""
     mixed = (position + 1) * FIRST_FACTOR
     return (mixed ^ shift_right(mixed, 32)) * SECOND_FACTOR | 1
 
@@ -86,8 +87,8 @@ def part_of_change(
 
 @compiled
 def check_positions(positions, size):
-    """Whether they ascend without repeating and are within a tensor of `size` elements: what is
-    wrong, and with which."""
+    """(INTACT, -1) if positions ascend without repeating, within a tensor of `size` elements; else
+    (OUTSIDE or UNSORTED, index of the first wrong one)."""
     last = np.int64(-1)
     for i in range(len(positions)):
         position = np.int64(positions[i])
@@ -101,8 +102,8 @@ def check_positions(positions, size):
 
 @compiled
 def find(place_rows, place_columns, first_row, first_column, columns, positions, at, chosen):
-    """Where these positions, which ascend, lie in a memory: writes it to `at`, and which of them
-    they are to `chosen`; how many lie there."""
+    """Locates ascending positions in a memory: fills `at` with indices in the memory and `chosen`
+    with indices into `positions`, and returns the number of positions that are there."""
     count, row, start = 0, np.int64(0), np.int64(0)
     for i in range(len(positions)):
         position = np.int64(positions[i])
@@ -120,9 +121,9 @@ def find(place_rows, place_columns, first_row, first_column, columns, positions,
 
 @compiled
 def exchange(memory, at, old, new):
-    """Writes `new` where `old` must lie, and reads it back: WRITTEN, or what is wrong and where,
-    and then all is as it was. OTHER: something else lay there. LOST: what was written is not
-    there. `at` are unsigned and do not repeat."""
+    """Writes `new` in place of `old`, and reads it back. Returns (WRITTEN, -1), or (the problem,
+    index of its element), and then all is as before. OTHER: the element was not `old`. LOST: it
+    does not hold `new`. The indices `at` must be unsigned and not repeat."""
     count = len(at)
     for start in range(0, count, BLOCK):
         stop = min(start + BLOCK, count)
@@ -133,7 +134,7 @@ def exchange(memory, at, old, new):
                 return OTHER, i
             memory[at[i]] = new[i]
         wrong = np.int64(0)
-        for i in range(start, stop):  # without a branch, since hardly ever one is wrong
+        for i in range(start, stop):  # without a branch in the loop: hardly ever is one wrong
             wrong |= np.int64(memory[at[i]] ^ new[i])
         if wrong != 0:
             i = _first_other(memory, at, new, start)
@@ -158,7 +159,7 @@ def _first_other(memory, at, values, start):
 
 @compiled
 def write(memory, at, values):
-    """Writes without looking: the way back of `exchange`, and what it is measured against."""
+    """Writes values without checks: undoes `exchange`, and is the baseline of its benchmark."""
     last = len(at) - 1
     for i in range(len(at)):
         prefetch(memory, np.int64(at[min(i + AHEAD, last)]))

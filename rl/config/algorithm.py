@@ -38,8 +38,8 @@ _LEVELS: Mapping[str, tuple[RatioLevel, ...]] = {
 
 
 def _known(key: str, value: str, built_in: tuple[str, ...], group: str) -> str:
-    """`value` if it is built in, a path to a function, or an entry point; else ValueError with the
-    nearest name."""
+    """`value`, if it is built in, a path to a function, or an entry point of `group`. Raises
+    ValueError with the nearest name otherwise."""
     if value in built_in or ":" in value:
         return value
     names = sorted({*built_in, *(point.name for point in entry_points(group=group))})
@@ -54,7 +54,7 @@ def _known(key: str, value: str, built_in: tuple[str, ...], group: str) -> str:
 
 
 class AdvantageConfig(Settings):
-    """How much better than expected a completion, or a token, was."""
+    """The advantage estimator: how much better than expected a completion, or a token, was."""
 
     kind: str = "group"
     """`group`: score minus the group's mean. `return`: the return to go of token rewards, without a
@@ -122,13 +122,13 @@ class AdvantageConfig(Settings):
 
     @property
     def per_token(self) -> bool:
-        """Whether `batch_advantages` must finish the advantages once the batch's tokens stand.
-        Until then a 0 does not mean that a completion has no gradient."""
+        """Whether advantages are per token: `batch_advantages` computes them from the packed batch.
+        Until then an advantage of 0 does not mean that a completion has no gradient."""
         return self.kind in ("return", "gae") or self.whiten
 
 
 class LossConfig(Settings):
-    """What is minimised."""
+    """The policy loss and its regularisers."""
 
     kind: str = "ppo_clip"
     """ppo_clip (PPO, GRPO, DAPO; GSPO with `ratio_level`), cispo, reinforce (RLOO, GPG), sapo,
@@ -252,9 +252,9 @@ class KLConfig(Settings):
 
 
 class OffPolicyConfig(Settings):
-    """What is done about tokens that another policy than the learner's sampled: an older one, or
-    another engine's rounding. w = exp(old log-prob - rollout log-prob) multiplies the
-    policy-gradient term, never KL or entropy."""
+    """Off-policy correction for tokens that another policy than the learner's sampled: an older
+    one, or another engine's rounding. The importance weight w = exp(old log-prob - rollout
+    log-prob) multiplies the policy-gradient term, never KL or entropy."""
 
     old_logp: Literal["rollout", "recompute"] = "rollout"
     """The old policy of the ratio: the engine's log-probs (verl's bypass), or one more pass of the
@@ -301,14 +301,14 @@ class OffPolicyConfig(Settings):
 
     @property
     def active(self) -> bool:
-        """Whether `correction` gives anything but ones."""
+        """Whether `correction` returns anything but ones."""
         return (
             self.weight != "none" or self.seq_mask_low is not None or self.seq_mask_high is not None
         )
 
 
 class FilterConfig(Settings):
-    """Which samples train."""
+    """Selection of the samples that train."""
 
     zero_variance: bool = True
     """Drop groups whose scores are all equal: group-relative advantages are 0 there, and the mean
@@ -340,7 +340,7 @@ class FilterConfig(Settings):
 
 
 def check_algorithm(advantage: AdvantageConfig, kl: KLConfig, filter: FilterConfig) -> None:
-    """What the groups ask of one another; ValueError names the keys and the fix."""
+    """Checks the constraints between these groups. Raises ValueError with the keys and the fix."""
     if kl.active and kl.place == "reward" and advantage.kind not in ("return", "gae"):
         raise ValueError(
             f"kl.place=reward needs token rewards, which advantage.kind={advantage.kind} has not; "

@@ -48,8 +48,7 @@ def _words(kind: Any) -> set[Any]:
 
 
 def _takes(kind: Any, wanted: type) -> bool:
-    """Whether an annotation has room for `wanted` (a class, or one derived from it), or for
-    anything."""
+    """Whether an annotation admits `wanted` or a subclass of it; `Any` admits everything."""
     if kind is Any or (isinstance(kind, type) and issubclass(kind, wanted)):
         return True
     return any(_takes(part, wanted) for part in get_args(kind))

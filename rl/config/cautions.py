@@ -1,5 +1,5 @@
-"""Consequences of a configuration that its reader may not expect: settings that cannot train are
-refused, doubtful ones are said, and so is what a file changes of the preset that it names. Loads no
+"""Consequences of a configuration that its reader may not expect: errors for settings that cannot
+train, warnings for doubtful ones, and notes on the preset's values that a file overrides. Loads no
 torch.
 """
 
@@ -34,7 +34,7 @@ _GROUPS: Mapping[str, type[Settings]] = {
 
 
 def trains_rl(config: Experiment) -> bool:
-    """Whether there will be an RL step at all."""
+    """Whether the run has any RL step."""
     return "rl" in config.stages and (
         config.schedule.steps > 0 or config.schedule.passes is not None
     )
@@ -61,7 +61,7 @@ def changes(config: Experiment) -> list[str]:
 
 
 def describe_presets() -> list[str]:
-    """For each preset where it comes from, and the overrides that it stands for."""
+    """Two lines for each preset: its name with its paper, and the overrides that it stands for."""
     lines = []
     for name, tree in PRESETS.items():
         values = [
@@ -99,8 +99,8 @@ def shown(value: Any) -> str:
 
 
 def refuse_what_cannot_train(config: Experiment) -> None:
-    """ValueError for settings with which no weight would ever move, or with which the loss is
-    another than its name."""
+    """Raises ValueError for settings with which no weight would ever move, or with which the loss
+    would not be the one that it is named after."""
     for check in (_stages, _signal, _critic, _old_policy, _ratio, _masks):
         check(config)
 
@@ -119,7 +119,8 @@ def _stages(config: Experiment) -> None:
 
 
 def _signal(config: Experiment) -> None:
-    """Answers of a group that cannot differ, or have nothing to be compared with."""
+    """Refuses groups of one answer, which has no baseline, and greedy rollouts, whose answers are
+    all the same."""
     if not trains_rl(config):
         return
     rollout, kind = config.rollout, config.advantage.kind
@@ -149,8 +150,8 @@ def _critic(config: Experiment) -> None:
 
 
 def _old_policy(config: Experiment) -> None:
-    """Engine log-probs of a changed distribution are no old policy for the learner, whose
-    distribution is the model's."""
+    """Refuses the engine's log-probs as the old policy where top_p and the like changed the
+    distribution: the learner's log-probs are of the model's own."""
     changed, offpolicy = config.rollout.changed, config.offpolicy
     if not trains_rl(config) or not changed:
         return
@@ -171,8 +172,8 @@ def _old_policy(config: Experiment) -> None:
 
 
 def _ratio(config: Experiment) -> None:
-    """REINFORCE has no ratio, so it is right for tokens of the newest policy alone, or with weights
-    of their own."""
+    """Refuses REINFORCE on tokens of an older policy: it has no ratio, so only importance weights
+    could correct for them."""
     schedule, offpolicy = config.schedule, config.offpolicy
     if config.loss.kind != "reinforce" or not trains_rl(config):
         return
@@ -195,7 +196,7 @@ def _ratio(config: Experiment) -> None:
 
 
 def _masks(config: Experiment) -> None:
-    """A mask that rejects w = 1 rejects what the engine got right."""
+    """Refuses masks that reject w = 1, i.e. tokens on which engine and learner agree."""
     offpolicy = config.offpolicy
     if (
         offpolicy.weight != "none"
@@ -215,7 +216,7 @@ def _masks(config: Experiment) -> None:
 
 
 def cautions(config: Experiment) -> list[str]:
-    """A line for each setting that trains less, or something else, than one may think."""
+    """Warnings, a line each, on settings that train less, or something else, than one may think."""
     lines = [*_cautions_of_schedule(config), *_cautions_of_algorithm(config)]
     sft = config.sft
     known = sft.epochs is None

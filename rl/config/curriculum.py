@@ -29,7 +29,7 @@ class DifficultyStage(Settings):
 
 
 class CurriculumConfig(Settings):
-    """How problems are picked within a source, from the pass rates that were measured of them: the
+    """The choice of problems within a source by their measured pass rates. A pass rate is the
     share of correct answers in a problem's groups, where a new group counts half. Problems of a
     generated source are new ones always; for these see `data.levels`."""
 

@@ -81,7 +81,8 @@ def endless(source: str | tuple[str, ...]) -> bool:
 
 
 class DataConfig(Settings):
-    """Where problems come from, and how a row becomes a prompt with a reference answer."""
+    """The source of problems, and the rules by which a row becomes a prompt with a reference
+    answer."""
 
     ordered: ClassVar[bool] = True
     """Whether a curriculum may order these problems."""
@@ -265,8 +266,8 @@ class DataConfig(Settings):
         return pattern
 
     def beside(self, data: DataConfig) -> Self:
-        """These rows with the prompts' form of the training data where they set none of their
-        own."""
+        """A copy that takes the keys in `FORM_OF_PROMPTS` from `data` where it does not set them
+        itself."""
         own = self.model_fields_set
         return self.model_copy(
             update={k: getattr(data, k) for k in FORM_OF_PROMPTS if k not in own}
@@ -295,7 +296,8 @@ class DataConfig(Settings):
         return [self._other(f"levels[{i}]", level) for i, level in enumerate(self.levels)]
 
     def _other(self, key: str, part: Mapping[str, Any], **more: Any) -> DataConfig:
-        """These settings with what a part has of its own."""
+        """These settings with the keys of one part or level over them. Raises ValueError, naming
+        data.`key`, if the result is not valid."""
         if inner := {"mixture", "curriculum"} & part.keys():
             raise ValueError(f"data.{key}.{inner.pop()} belongs to data itself; set it there")
         own = {name: getattr(self, name) for name in self.model_fields_set - {"mixture"}}

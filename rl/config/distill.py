@@ -83,7 +83,7 @@ class DistillConfig(Settings):
         return self.active and self.loss != "policy_gradient"
 
     def teacher_of(self, source: str) -> int:
-        """The index of the teacher of this source's prompts; -1 where it has none."""
+        """The index of the teacher of this source's prompts; -1 if there is none."""
         teachers = list(self.teachers.values())
         named = [i for i, teacher in enumerate(teachers) if source in teacher.sources]
         everywhere = [i for i, teacher in enumerate(teachers) if not teacher.sources]

@@ -1,5 +1,5 @@
-"""Keys that earlier versions of emberl knew, as files of theirs and directories of their runs hold
-them: what was removed is left out, what was renamed goes by its new name, and a line says so."""
+"""Migration of configurations written for earlier versions of emberl: removed keys are left out,
+renamed ones get their new name, and a line for each says so."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ REMOVED: Mapping[str, str] = {
     "sft.stop_accuracy": "sft.steps or sft.epochs alone ends the stage",
     "sft.check_every": "sft.eval_every says how often a supervised stage is evaluated",
 }
-"""Key: what is so without it."""
+"""Removed key -> the behaviour without it."""
 RENAMED: Mapping[str, str] = {
     "data.template_args": "data.chat_template_kwargs",
     "data.bad_references": "data.drop",
 }
-"""Old key: new key, in the same group."""
+"""Old key -> new key, in the same group."""
 VALUES: Mapping[str, Mapping[str, str]] = {"data.drop": {"drop": "bad", "error": "none"}}
-"""New key: old value: new value."""
+"""New key -> old value -> new value."""
 
 
 def brought_up(tree: Mapping[str, Any], shown: str = "") -> tuple[dict[str, Any], list[str]]:
-    """The tree of a file (of a recipe with its stages) in today's keys, and a line for each that
-    was not. shown: what stands before a key in a line."""
+    """A file's tree (a recipe's with its stages) in today's keys, and a line for each key that was
+    migrated. shown: a prefix for the keys in these lines, e.g. `stage 2: `."""
     renewed: dict[str, Any] = {}
     lines: list[str] = []
     for group, held in tree.items():

@@ -321,10 +321,11 @@ PEERS: Mapping[str, Mapping[str, str]] = {"verl": VERL, "TRL": TRL, "OpenRLHF": 
 def our_name(key: str) -> str | None:
     """Our key for a peer's name: whole (`actor_rollout_ref.rollout.n`), from any group on
     (`rollout.n`), or under another group (`schedule.total_epochs`), with Hydra's plus signs or
-    dashes. None for a name that nobody has, or that means several things."""
+    dashes. None for a name that no peer has, or that is ambiguous."""
     parts = key.lstrip("+-~").replace("-", "_").split(".")
     for start in range(len(parts)):
         ending = ".".join(parts[start:])
+        # a last part of one word is too common: `train.seed` is OpenRLHF's, any `x.seed` is not
         telling = start == 0 or start < len(parts) - 1 or "_" in ending
         if ending in _BY_ENDING and (telling or any(ending in names for names in PEERS.values())):
             return _BY_ENDING[ending]
@@ -332,7 +333,7 @@ def our_name(key: str) -> str | None:
 
 
 def _by_ending() -> dict[str, str]:
-    """Each name, and each ending of one that means one thing; a whole name beats an ending."""
+    """Our key by each name and by each unambiguous ending of one; a whole name beats an ending."""
     whole = {name: ours for names in PEERS.values() for name, ours in names.items()}
     endings: dict[str, set[str]] = {}
     for name, ours in whole.items():

@@ -1,4 +1,4 @@
-"""Every key with its type, its default and what it means, read from the models themselves."""
+"""Every key with its type, its default and its meaning, read from the models themselves."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Entry:
 
     @property
     def _kinds(self) -> list[Any]:
-        """The members of the annotation, and what a mapping in it holds."""
+        """The members of the annotation, and of the values of mappings in it."""
         kinds = list(members(self.field.annotation))
         held = [get_args(kind)[1] for kind in kinds if _is_mapping(kind)]
         return [*kinds, *(kind for inner in held for kind in members(inner))]
@@ -91,7 +91,7 @@ def entries(model: type[BaseModel], prefix: str = "") -> Iterator[Entry]:
 
 
 def table(model: type[BaseModel], within: str = "") -> list[str]:
-    """A line for each key, or for each at or below `within`; ValueError if there is none."""
+    """A line for each key, or for each at or below `within`. Raises ValueError if there is none."""
     shown_entries = [
         e for e in entries(model) if not within or f"{e.key}.".startswith(f"{within}.")
     ]

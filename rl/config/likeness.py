@@ -1,4 +1,4 @@
-"""Which settings make emberl train as verl's or TRL's defaults do. Loads no torch.
+"""The settings with which emberl trains as verl's or TRL's defaults do. Loads no torch.
 
 `emberl train CONFIG --dry-run --like verl` prints them for one configuration. Where a peer has no
 such algorithm, or where emberl has no such setting, nothing is claimed: see the notes.
@@ -35,8 +35,8 @@ def overrides(config: Config, peer: Peer) -> list[str]:
 
 
 def describe(config: Config, peer: Peer) -> str:
-    """The lines of `--dry-run --like`: an override a line, with what it replaces, then what no
-    setting reproduces."""
+    """The text of `--dry-run --like`: an override a line with the value that it replaces, then the
+    peer's defaults that no setting reproduces."""
     different = differences(config, peer)
     lines = [f"# overrides that give {config.algorithm} the defaults of {peer}:"]
     lines += [
@@ -46,7 +46,7 @@ def describe(config: Config, peer: Peer) -> str:
 
 
 def notes(config: Config, peer: Peer) -> list[str]:
-    """A default of a peer for which emberl has no setting."""
+    """Lines on the defaults of a peer for which emberl has no setting."""
     lines = []
     if peer == "verl" and config.loss.kind == "dppo_tv":
         lines.append("verl truncates the ratio of dppo_tv under a stop-gradient")

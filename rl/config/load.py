@@ -200,6 +200,7 @@ def read_tree(
         tree = prepare(held)
         for override in overrides:
             tree = merged(tree, read(override, tree))
+        # before anything is resolved: secrets are known by the values that go through its resolver
         watch_environment()
         resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
         remember(tree, resolved)
@@ -228,7 +229,7 @@ def resolve(tree: Mapping[str, Any]) -> Config:
     """Merges a plain tree over the preset it names and validates it; raises `ConfigError`."""
     named = tree.get("algorithm", "grpo")
     try:
-        # what is no text, validation refuses
+        # validation refuses a name that is not text
         base = preset(named) if isinstance(named, str) else {}
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -239,14 +240,19 @@ def resolve(tree: Mapping[str, Any]) -> Config:
 
 
 def with_steps(config: Config, problems: int | None) -> tuple[Config, str | None]:
-    """The configuration with the steps that `schedule.passes` asks for, and a line that says how
-    many passes over so many problems (None: without end) its steps make."""
+    """The configuration with `schedule.passes` turned into `schedule.steps`, and a line that says
+    how many passes over the data its steps make (None without RL or for endless data).
+
+    problems: how many the data set has; None: it is endless.
+    """
     schedule = config.schedule
     if problems is None or "rl" not in config.stages:
         return config, None
     if schedule.passes is not None:
+        # 1.1 passes of 100 problems by 10 are 11.000000000000002 steps, which must not become 12
         steps = math.ceil(schedule.passes * problems / schedule.prompts_per_step - 1e-9)
         changed = schedule.model_copy(update={"passes": None, "steps": steps})
+        # validated once more: some checks need the number of steps
         config = resolve(config.model_copy(update={"schedule": changed}).model_dump())
     least = "at least " if config.filter.dynamic_sampling or schedule.oversample > 1 else ""
     asked = config.schedule.steps * schedule.prompts_per_step
@@ -265,8 +271,8 @@ def to_yaml(config: Config) -> str:
 
 
 def shown_tree(config: Config) -> dict[str, Any]:
-    """All settings as they may be written anywhere: keys of services masked, what came from the
-    environment as the interpolation that it was."""
+    """All settings, safe to write anywhere: secrets are masked, and values from the environment
+    are shown as the interpolations that they were."""
     tree: dict[str, Any] = masked(config.model_dump(mode="json"))
     return tree
 

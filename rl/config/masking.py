@@ -1,5 +1,5 @@
-"""Secrets of a configuration: keys of services, and whatever came out of the environment. It stays
-in memory; files, trackers and messages have it masked."""
+"""Masks the secrets of a configuration, API keys and values from the environment: they stay in
+memory, and never reach files, trackers or messages."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ NAMED = re.compile(
 )
 """Names, as `_plain` writes them, of keys whose texts are masked."""
 OFTEN = re.compile(r"_(key|token|pass|pat)$")
-"""Names of keys that hold a secret, or the name of a column or a token: masked where the text is a
-`RANDOM` one."""
+"""Names of keys that may hold a secret as well as the name of a column or a token: masked only
+where the text looks `RANDOM`."""
 RANDOM = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w+/=.~-]{16,}")
 IN_URL = re.compile(r"(?<=://)[^/\s]+(?=@)|(?<=[?&]key=)[^&\s]+|(?<=token=)[^&\s]+")
-"""user:password of a URL, and keys that it hands over."""
+"""user:password of a URL, and keys in its query."""
 ISSUED = re.compile(
     r"\b(sk-(?=[\w-]*\d)[\w-]{16,}|hf_[A-Za-z0-9]{30,}|gh[opsu]_\w{30,}|github_pat_\w{30,}"
     r"|glpat-[\w-]{16,}|xox[abp]-[\w-]{16,}|AKIA[A-Z0-9]{16}|AIza[\w-]{30,}"
     r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)|(?<=Bearer )(?=\S*\d)[\w+/=.~-]{8,}"
 )
-"""Keys as services issue them, whatever they are called."""
+"""Keys in the formats that services issue, whatever the setting is called."""
 _known: dict[str, str] = {}
+"""secret value -> the text that replaces it."""
 _kept: dict[tuple[str, str], str] = {}
 """(key, value) -> the text with the interpolation that the value came from."""
 
 
 def _environment(name: str, *default: Any) -> Any:
-    """omegaconf's `oc.env`, which also remembers what it gave, but for places, which say nothing
-    and are in many texts."""
+    """OmegaConf's `oc.env`, which also remembers the value as a secret. Paths are not remembered:
+    they are no secrets, and stand in many texts."""
     from omegaconf.resolvers import oc
 
     value = oc.env(name, *default)
@@ -47,16 +48,16 @@ def _environment(name: str, *default: Any) -> Any:
 
 
 def watch_environment() -> None:
-    """From now on what an interpolation takes from the environment is known, and hidden."""
-    from omegaconf import OmegaConf  # not where nothing but messages is looked at
+    """From now on, values that interpolations take from the environment are hidden."""
+    from omegaconf import OmegaConf  # here: `hidden` and `masked` do without it
 
     new_name = getattr(OmegaConf, "register_resolver", None)  # of omegaconf 2.4
     (new_name or OmegaConf.register_new_resolver)("oc.env", _environment, replace=True)
 
 
 def remember(written: Any, resolved: Any) -> None:
-    """The values of a configuration that the names of their keys say are secret, and those that
-    hold what `written` has of the environment."""
+    """Registers the secrets of a configuration: values whose keys are named like secrets, and
+    values that `written` interpolates from the environment."""
     for name, text, value in _leaves("", written, resolved):
         if not isinstance(value, str) or not value:
             continue
@@ -67,14 +68,15 @@ def remember(written: Any, resolved: Any) -> None:
 
 
 def hidden(text: str) -> str:
-    """The text without secrets: what came from the environment as the interpolation that it was."""
+    """The text without secrets; values from the environment become interpolations again."""
+    # the longest first: a secret that contains another one is replaced as a whole
     for value, instead in sorted(_known.items(), key=lambda pair: -len(pair[0])):
         text = text.replace(value, instead)
     return ISSUED.sub(MASK, IN_URL.sub(MASK, text))
 
 
 def masked(value: Any, name: str = "") -> Any:
-    """A tree without secrets."""
+    """A copy of a tree without secrets. name: the key that holds `value`."""
     if isinstance(value, Mapping):
         return {key: masked(each, str(key)) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -100,8 +102,8 @@ def _plain(name: str) -> str:
 
 
 def _leaves(name: str, written: Any, resolved: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(key, as written, as resolved) of every value; None for what stands in no file, as a whole
-    group that an interpolation gave."""
+    """(key, as written, as resolved) of every value; as written is None for a value that is in no
+    file, e.g. one of a group that an interpolation gave as a whole."""
     if isinstance(resolved, Mapping):
         there = written if isinstance(written, Mapping) else {}
         for key, each in resolved.items():

@@ -22,7 +22,7 @@ _FIXES = {
     "model_type": "a group goes here; set one of its keys, {keys}",
     "model_attributes_type": "a group goes here; set one of its keys, {keys}",
 }
-"""In place of pydantic's message, by the type of the error."""
+"""Our message in place of pydantic's, by the type of the error."""
 MOST_SHOWN = 120
 """Characters of a value."""
 
@@ -48,7 +48,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _path(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
-    """The key, without what pydantic adds to name a member of a union."""
+    """The parts of the key, without those that pydantic adds to name a member of a union."""
     path: list[str] = []
     for part in map(str, location):
         kinds = [kind for annotation in kinds_at(model, path) for kind in members(annotation)]
@@ -59,7 +59,7 @@ def _path(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
 
 
 def _count(path: list[str], model: type[BaseModel]) -> int:
-    """Values of the list of a fixed length at, or around, this path; 0 where there is none."""
+    """The length of the fixed-length list at, or around, this path; 0 if there is none."""
     around = path[:-1] if path[-1].isdigit() else path
     kinds = [kind for annotation in kinds_at(model, around) for kind in members(annotation)]
     lists = [get_args(kind) for kind in kinds if get_origin(kind) is tuple]
@@ -108,7 +108,7 @@ def _message(item: Any, path: list[str], model: type[BaseModel]) -> str:
 
 
 def _alternatives(lines: list[str]) -> list[str]:
-    """The members of a union complain one by one of the same value."""
+    """The messages of a union's members about one value joined by `or`; else `lines`."""
     split = [line.partition(": ") for line in lines]
     if (
         len(lines) > 1
@@ -120,7 +120,7 @@ def _alternatives(lines: list[str]) -> list[str]:
 
 
 def _unknown(path: list[str], value: Any, model: type[BaseModel]) -> Iterator[str]:
-    """A line for each key below an unknown one that a peer has, else one for the key itself."""
+    """A line for each key at or below `path` that a peer has; if there is none, one for `path`."""
     below = list(_leaves(path, value))
     answers = {key: our_name(key) for key in below if not _near_own(key, model)}
     foreign = {key: ours for key, ours in answers.items() if ours is not None}
@@ -144,14 +144,15 @@ def _leaves(path: list[str], value: Any) -> Iterator[str]:
 
 
 def _near_own(key: str, model: type[BaseModel]) -> bool:
-    """Whether it is a key of ours with a letter wrong rather than a peer's."""
+    """Whether it is a misspelt key of ours rather than a peer's."""
     group, _, last = key.rpartition(".")
     siblings = _names(group.split(".") if group else [], model)
     return bool(difflib.get_close_matches(last, siblings, n=1, cutoff=0.8))
 
 
 def _nearest(path: list[str], model: type[BaseModel]) -> str:
-    """Where the key may have been meant to stand."""
+    """A suggestion for an unknown key: a sibling of nearly that name, a key of that name in another
+    group, or the names of all siblings."""
     *group, last = path
     prefix = "".join(f"{part}." for part in group)
     siblings = _names(group, model)

@@ -27,8 +27,8 @@ class OverrideError(ValueError):
 def tree_of(
     override: str, model: type[BaseModel], example: str = "optim.lr=1e-4"
 ) -> dict[str, Any]:
-    """`a.b=value` as {a: {b: value}}, of the type that `model` has there; else `OverrideError`,
-    with an example of what would be one."""
+    """`a.b=value` as {a: {b: value}}, the value of the type that `model` has there. Raises
+    OverrideError, with `example` in its message, if it has not that form."""
     key, equals, value = override.partition("=")
     path = key.split(".")
     if not equals or not all(path) or not key.strip():
@@ -43,7 +43,7 @@ def tree_of(
 
 
 def merged(tree: Any, over: Any) -> Any:
-    """`over` where it says something, else `tree`: mappings key by key, all else as a whole."""
+    """`tree` with `over` on top: mappings are merged key by key, all else is replaced whole."""
     if not isinstance(tree, Mapping) or not isinstance(over, Mapping):
         return over
     both = {key: merged(tree[key], over[key]) for key in tree.keys() & over.keys()}
@@ -51,7 +51,7 @@ def merged(tree: Any, over: Any) -> Any:
 
 
 def read(value: str, kinds: Sequence[Any]) -> Any:
-    """A value as its key's types want it; `kinds` is empty for a key that does not exist."""
+    """The text `value` converted to the types of its key, `kinds` (empty for an unknown key)."""
     given = [kind for kind in kinds if kind is not NoneType]
     texts = [kind for kind in given if is_text(kind)]
     if given and len(texts) == len(given):
@@ -109,7 +109,7 @@ def is_list_of_texts(kind: Any) -> bool:
 
 
 def _unquoted(value: str) -> str:
-    """Text in one pair of quotes without them, as YAML reads it."""
+    """The text; in one pair of quotes, without them and as YAML reads it."""
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         inner = _load(value)
         return inner if isinstance(inner, str) else value
@@ -117,7 +117,7 @@ def _unquoted(value: str) -> str:
 
 
 def _texts(value: str) -> list[str] | None:
-    """[a, 'b, c', 1e3] as texts; None where it is no list."""
+    """[a, 'b, c', 1e3] as a list of texts; None if the text is no such list."""
     stripped = value.strip()
     if not (stripped.startswith("[") and stripped.endswith("]")):
         return None
@@ -128,8 +128,8 @@ def _texts(value: str) -> list[str] | None:
 
 
 def _yaml(value: str) -> Any:
-    """The text as YAML, where YAML reads it whole: in brackets or quotes, or a word; else the
-    text."""
+    """The value that YAML reads from a text in brackets or quotes, or of one word; else the text
+    itself."""
     stripped = value.strip()
     closed = len(stripped) > 1 and stripped[0] + stripped[-1] in ("[]", "{}", "''", '""')
     if not closed and (len(stripped.split()) != 1 or "#" in stripped):
@@ -140,12 +140,13 @@ def _yaml(value: str) -> Any:
 
 
 def _load(text: str, *, plain: bool = False) -> Any:
-    """A YAML text, None where it is not valid; `plain` takes every scalar as text."""
+    """The value of a YAML text; None if it is not valid. plain: every scalar stays a text."""
     import yaml
 
     try:
         if plain:
             return yaml.load(text, Loader=yaml.BaseLoader)
+        # by OmegaConf, as files are: for PyYAML, which follows YAML 1.1, 1e-4 is a text
         tree = OmegaConf.to_container(OmegaConf.from_dotlist([f"x={text}"]))
     except (OmegaConfBaseException, yaml.YAMLError):
         return None

@@ -202,14 +202,15 @@ PAPERS: Mapping[str, str] = {
         " importance sampling (here truncated), no advantages within the group"
     ),
 }
-"""Where each comes from, and what its paper leaves open."""
+"""The paper of each preset, and the values that it leaves open."""
 
 
 def preset(name: str) -> Tree:
-    """The groups that `algorithm: name` stands for, as a tree of its own; ValueError with the
-    nearest name if unknown."""
+    """The values that `algorithm: name` stands for, as a copy that may be changed. Raises
+    ValueError with the nearest name if there is no such preset."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name.lower(), PRESETS, 1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"algorithm={name!r} is no preset{hint} (known: {', '.join(PRESETS)})")
+    # deep: presets share dictionaries, e.g. `_PLAIN`
     return copy.deepcopy(dict(PRESETS[name]))

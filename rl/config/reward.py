@@ -1,4 +1,4 @@
-"""The settings of the reward: what marks answers, and how its parts make a score."""
+"""The settings of the reward: the graders of answers, and how their scores add up."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .base import LONGEST, Settings
 
 
 class RewardSpec(Settings):
-    """What marks answers; `math` alone stands for `{use: math}`."""
+    """A grader of answers; `math` alone stands for `{use: math}`."""
 
     use: str = ""
     """`math`, `code`, `gym`, `judge`, `format`, `language`, `overlong`, `repetition`,
@@ -64,8 +64,8 @@ class RewardPart(RewardSpec):
 
 
 class RewardConfig(Settings):
-    """How answers are marked; `reward: ./mine.py:score` alone is one part of that name, and
-    `reward.by_source` the same for `reward.parts.answer.by_source`. The score is the sum of weight
+    """The grading of answers; `reward: ./mine.py:score` alone is one part, `answer`, and
+    `reward.by_source` stands for `reward.parts.answer.by_source`. The score is the sum of weight
     x score over the parts that apply to a sample; a part that returns None does not, and the
     others' weights stay (as in TRL)."""
 

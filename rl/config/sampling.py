@@ -14,8 +14,8 @@ from .reward import RewardPart
 
 
 class SamplingConfig(Settings):
-    """What is left of the model's distribution before a token is drawn; the defaults leave all of
-    it."""
+    """Truncation of the model's distribution before a token is drawn; the defaults leave it
+    whole."""
 
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Draws from the smallest set of tokens that has this share of the probability; 1: from all."""
@@ -34,13 +34,13 @@ class SamplingConfig(Settings):
 
     @property
     def changed(self) -> dict[str, Any]:
-        """Those of them that make it another distribution than the model's own."""
+        """Those of `cuts` that are not at their default and so change the distribution."""
         own = SamplingConfig.model_fields
         return {name: value for name, value in self.cuts.items() if value != own[name].default}
 
 
 class RolloutConfig(SamplingConfig):
-    """How answers are sampled."""
+    """Sampling of answers, and the engines that do it."""
 
     engine: str = "embedded"
     """`embedded`: in-process PyTorch with continuous batching, for Llama, Qwen2 and Qwen3
@@ -115,7 +115,7 @@ class RolloutConfig(SamplingConfig):
 
     @property
     def cards(self) -> int:
-        """Devices of one worker: an engine's tensor parallel ranks have one each."""
+        """Devices of one worker: tensor parallel size x pipeline parallel size."""
         sizes = (
             self.engine_args.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")
         )

@@ -70,7 +70,7 @@ class ModelConfig(Settings):
 
 
 class ScheduleConfig(Settings):
-    """The loop."""
+    """The training loop: steps, their sizes, and how far rollouts run ahead."""
 
     passes: float | None = Field(default=None, gt=0, le=1_000_000)
     """Passes over a finite data set, from which `steps` follows, whatever it says here; empty:
@@ -104,7 +104,7 @@ class ScheduleConfig(Settings):
 
 
 class SyncConfig(Settings):
-    """How weights reach the engines."""
+    """Weight transfer from the learners to the engines."""
 
     mode: Literal["auto", "dense", "patch"] = "auto"
     """`dense`: whole weights; `patch`: what changed since the last version, bit for bit the same
@@ -200,7 +200,7 @@ class CriticConfig(Settings):
 
 
 class CheckpointConfig(Settings):
-    """What a stopped run goes on from."""
+    """Checkpoints, from which a stopped run resumes."""
 
     every: int = Field(default=50, ge=0)
     """RL steps between checkpoints; 0: only at the end of a stage and on Ctrl-C."""
@@ -217,7 +217,7 @@ class CheckpointConfig(Settings):
 
 
 class TrackingConfig(Settings):
-    """Where metrics go besides the console, `metrics.jsonl` and the learning curve."""
+    """Trackers and records besides the console, `metrics.jsonl` and the learning curve."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto`: online with a key, else offline; never asks for a login."""
@@ -252,7 +252,7 @@ class TrackingConfig(Settings):
 
 
 class ProfileConfig(Settings):
-    """Where time goes."""
+    """Profiling of single steps."""
 
     steps: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """RL steps of which torch's profiler writes a trace of every learner and rollout worker, under
@@ -261,7 +261,7 @@ class ProfileConfig(Settings):
 
 
 class ClusterConfig(Settings):
-    """Who runs where."""
+    """Placement: devices, learners, rollout workers, and the Ray cluster that holds them."""
 
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
     """What everything runs on; `auto`: an NPU or a CUDA device where there is one, else the CPU."""

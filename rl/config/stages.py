@@ -27,11 +27,11 @@ from .overrides import merged, tree_of
 Output = Literal["model", "samples"]
 BASE, REFERENCE = "base", "stage:"
 TAKEN = ("summary.json", "summary.md", "stop", ".lock")
-"""Names of files in a recipe's directory."""
+"""Names of files in a recipe's directory, which no stage may have."""
 OF_RECIPE = ("name", "run_dir", "stages")
-"""Keys that a stage has from its recipe."""
+"""Keys that a stage takes from its recipe."""
 OUTPUTS: Mapping[Output, str] = {"model": "model", "samples": "samples.jsonl"}
-"""Where in its directory a stage leaves what it makes."""
+"""The path of a stage's output within its directory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +39,7 @@ class Kind:
     """A kind of stage."""
 
     runs: str
-    """What `Config.stages` calls it; of distillation, with samples of a teacher."""
+    """Its name in `Config.stages`; of distillation, that with samples of a teacher."""
     makes: Output
 
 
@@ -138,12 +138,13 @@ def _named(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refused(name: str, others: Mapping[str, Any]) -> str | None:
-    """Why a stage cannot have this name."""
+    """The reason why a stage cannot have this name, e.g. `is that of a file of the recipe`; None if
+    it can."""
     if name == BASE:
         return "stands for the file's own model"
     if name in TAKEN:
         return "is that of a file of the recipe"
-    # directories of some systems know no capitals
+    # the names become directories, and some file systems ignore case
     same = [other for other in others if other.casefold() == name.casefold()]
     if not same:
         return None
@@ -151,12 +152,13 @@ def _refused(name: str, others: Mapping[str, Any]) -> str | None:
 
 
 def _tree_of(override: str, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """`stages.NAME.KEY=value` as a tree; others as in a single run."""
+    """An override as a tree, also `stages.NAME.KEY=value`. Raises ConfigError if there is no such
+    stage."""
     sections = tree.get("stages")
     group, _, rest = override.partition(".")
     if group != "stages" or not isinstance(sections, Mapping):
         return tree_of(override, Config)
-    # a name may have points
+    # a name may have dots: of the stages `a` and `a.b` the longer one is meant by `a.b.KEY`
     named = [each for each in sections if rest.startswith(f"{each}.")]
     name = max(named, key=len, default="")
     inner = rest.removeprefix(f"{name}.")
@@ -169,7 +171,8 @@ def _tree_of(override: str, tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_references(sections: Mapping[str, Mapping[str, Any]]) -> None:
-    """Every `stage:NAME` names an earlier stage that leaves what is wanted there."""
+    """Checks that every `stage:NAME` names an earlier stage with the right kind of output. Raises
+    ConfigError otherwise."""
     taken = {name: [ref for _, ref in _references(section)] for name, section in sections.items()}
     order = list(sections)
     for name, section in sections.items():
@@ -197,7 +200,8 @@ def _check_references(sections: Mapping[str, Mapping[str, Any]]) -> None:
 def _path(
     start: str, goal: str, taken: Mapping[str, Sequence[str]], seen: tuple[str, ...] = ()
 ) -> list[str]:
-    """From one stage over what it takes to another; [] where there is no way."""
+    """The names on a path from `start` to `goal` along the references in `taken`; [] if there is
+    none."""
     if start == goal:
         return [goal]
     for other in taken.get(start, ()):
@@ -234,6 +238,7 @@ def _stage(
     takes = tuple(dict.fromkeys(ref for _, ref in _references(own) if ref != BASE))
     tree = merged(common, own)
     given = _group(own, "model")
+    # a model has either a path or tiny, but `merged` has kept the file's beside the stage's
     if given.get("path") == REFERENCE + BASE:
         base = _group(common, "model")
         tree["model"] = {**tree["model"], "path": base.get("path"), "tiny": base.get("tiny")}
@@ -263,13 +268,14 @@ def _stage(
 
 
 def _group(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A group of settings, {} where it is none: what is wrong with it, validation says."""
+    """A group of settings; {} if it is no mapping, which validation refuses later."""
     group = tree.get(name)
     return group if isinstance(group, Mapping) else {}
 
 
 def _filled(tree: Any, outputs: Mapping[str, str], key: str = "") -> Any:
-    """The tree with paths for references. Samples have their system message in them."""
+    """The tree with paths in place of references. As `data`, samples get no system prompt: it is in
+    their messages already."""
     if isinstance(tree, str) and tree.startswith(REFERENCE):
         path = outputs.get(tree.removeprefix(REFERENCE))
         if path is None:

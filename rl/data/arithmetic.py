@@ -31,7 +31,7 @@ from ..config.data import DataConfig
 from .templates import PromptWriter, Tokenizer
 
 HELD_OUT_SHARE = 8
-"""One problem in this many is on the held-out side."""
+"""One problem in this many is held out."""
 _HELD_OUT_STREAM = -1
 _TRIES = 400
 
@@ -51,8 +51,8 @@ class Problem:
     solution: str
     answer: str
     bare: str
-    """The text, or of a story the chain that it tells, or the sorted numbers of a comparison: what
-    the side of a problem and its being new depend on."""
+    """The text; of a story the chain that it tells, of a comparison its sorted numbers. Decides
+    whether a problem is held out, and whether it is new."""
 
 
 @dataclass(slots=True)
@@ -65,7 +65,7 @@ class _Work:
     short: bool
     steps: list[str] = field(default_factory=list)
     bare: str = ""
-    """`Problem.bare`, where that is not the text."""
+    """`Problem.bare`, if that is not the text."""
 
     def below(self, n: int) -> int:
         return int(self.random() * n)
@@ -118,7 +118,8 @@ def _story(work: _Work, terms: int) -> tuple[str, int]:
     """A chain in words."""
     name, things = work.pick(_NAMES), work.pick(_THINGS)
     total = 2 + work.below(work.largest_term - 1)  # `1 apples` would be wrong
-    text, work.bare = f"{name} has {total} {things}", str(total)
+    text = f"{name} has {total} {things}"
+    work.bare = str(total)
     for _ in range(terms - 1):
         term = 1 + work.below(work.largest_term)
         sign = work.sign(total, term)
@@ -158,8 +159,7 @@ def _product(work: _Work, size: int) -> tuple[str, list[tuple[int, str, int]], i
 
 
 def _bracket(work: _Work, size: int) -> tuple[str, list[tuple[int, str, int]], int]:
-    """(a+b) or (a-b), with three numbers multiplied by the third; what is multiplied has one
-    digit."""
+    """(a+b) or (a-b), with three numbers multiplied by the third; both factors have one digit."""
     a, b = 1 + work.below(9), 1 + work.below(9)
     if size == 1:
         return str(a), [], a
@@ -199,8 +199,7 @@ def _sum_of_parts(work: _Work, sizes: Sequence[int], make: _Part) -> tuple[str, 
 
 
 def _sizes(work: _Work, terms: int, most: int) -> list[int]:
-    """Numbers in each part, 1 to `most`, `terms` in all, at least one part of more than one
-    number."""
+    """The count of numbers in each part: 1 to `most`, summing to `terms`, at least one above 1."""
     sizes = []
     left = terms
     while left:
@@ -232,7 +231,10 @@ def _solution(kind: str, steps: Sequence[str], total: int) -> str:
 
 
 def is_heldout(text: str) -> bool:
-    """Which side a problem is on, for every seed and every setting."""
+    """Whether a problem is held out: a pure function of its text, whatever seed and settings are.
+
+    text: `Problem.bare`.
+    """
     return int.from_bytes(blake2b(text.encode(), digest_size=4).digest()) % HELD_OUT_SHARE == 0
 
 
@@ -262,17 +264,17 @@ class ProblemMaker:
         )
 
     def train(self, seed: int, i: int) -> Iterator[Problem]:
-        """Candidates for position `i` of a seed's stream, none of them held out; the first that
-        will do is meant."""
-        random = Random((seed << 64) + i)
+        """Candidates for position `i` of a seed's stream, none of them held out, at most `_TRIES`;
+        the caller takes the first that fits."""
+        random = Random((seed << 64) + i)  # no two pairs of seed and position share a stream
         for _ in range(_TRIES):
             problem = self.draw(random)
             if not is_heldout(problem.bare):
                 yield problem
 
     def heldout(self) -> Iterator[Problem]:
-        """Held-out problems, each once, the same for every seed; ends when new ones have become
-        rare."""
+        """Held-out problems, each once, the same for every seed; ends after
+        `_TRIES * HELD_OUT_SHARE` draws without a new one."""
         random, seen, misses = Random(_HELD_OUT_STREAM), set[str](), 0
         while misses < _TRIES * HELD_OUT_SHARE:
             problem = self.draw(random)

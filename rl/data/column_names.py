@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-# Names of columns in any other data set, in lower case with `_` for what separates words; the first
-# that rows have is meant.
+# Names of columns in data sets of no known layout, as `layouts.normal` writes them (lower case, `_`
+# between words); the first that rows have is taken.
 PROMPTS = (
     "prompt",
     "problem",
@@ -181,11 +181,11 @@ STATED = re.compile(
     r"(?!.*(?:predict|model|long|wrong|false|incorrect|original|student|generated))"
     r".*(?:answer|truth)"
 )
-"""Names that are in no list, of what is rather an answer than a worked solution."""
+"""Names beyond the lists that mean an answer rather than a worked solution."""
 WORKED = ("solution", "solutions", "response", "output", "completion", "rationale", "explanation",
            "generated_solution", "chosen", "assistant")  # fmt: skip
-"""Names of whole solutions, whose answers must be looked for."""
-# Of names that are in no list: words in them, the likeliest first.
+"""Names of whole worked solutions, from which the answer must be extracted."""
+# Words in names beyond the lists, the likeliest first.
 PROMPT_WORDS = (
     "prompt",
     "problem",

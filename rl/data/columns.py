@@ -11,14 +11,14 @@ _FIELD = re.compile(r"\{\{|\}\}|\{([A-Za-z_][\w.]*)\}")
 
 
 def fill(template: str, columns: Mapping[str, Any]) -> str:
-    """Puts columns into a template: `{name}`, with `{{` and `}}` for braces; `\\boxed{}` stays as
-    it is. A null, which some tables write as NaN, is no text."""
+    """The template with columns for `{name}`, with `{{` and `}}` for braces; `\\boxed{}` stays as
+    it is. A null, which some tables write as NaN, becomes the empty text."""
 
     def value(match: re.Match[str]) -> str:
         if match.group(1) is None:
             return match.group()[0]
-        found = column(columns, match.group(1))
-        return "" if found is None or found != found else str(found)
+        cell = column(columns, match.group(1))
+        return "" if cell is None or cell != cell else str(cell)
 
     return _FIELD.sub(value, template)
 
@@ -29,8 +29,8 @@ def fields(template: str) -> list[str]:
 
 
 def column(row: Mapping[str, Any], path: str) -> Any:
-    """The value at `reward_model.ground_truth`, `test_list.0` and the like; KeyError says what is
-    there instead."""
+    """The value at a path such as `reward_model.ground_truth` or `test_list.0`. Raises KeyError,
+    with the columns that exist, if there is none."""
     if path in row:
         return row[path]
     value: Any = row

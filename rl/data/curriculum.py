@@ -23,12 +23,12 @@ from ..config.curriculum import CurriculumConfig
 LEAST = 0.01
 """Weight of a problem of pass rate 0 or 1 with pick=rate, where an even one has 0.25."""
 BINS = ("unknown", "never", "hard", "medium", "easy", "always")
-"""By pass rate: none known, 0, up to 1/4, up to 3/4, below 1, 1."""
+"""Bins of pass rates: none known, 0, up to 1/4, up to 3/4, below 1, 1."""
 
 
 WHY = ("new", "order", "rate", "thompson", "hard", "revisit", "exhausted")
-"""Why a problem was drawn: new ones are of endless pools, and exhausted is a pool all of whose
-other problems are dropped or outside the stage."""
+"""Reasons for a draw: `new` ones are of endless pools, and `exhausted` is a pool all of whose other
+problems are dropped or outside the stage."""
 
 
 def bin_of(rate: float | None) -> str:
@@ -41,7 +41,7 @@ def bin_of(rate: float | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A problem that was drawn, and why."""
+    """A problem that was drawn, and the reason."""
 
     source: int
     level: int
@@ -61,7 +61,7 @@ class Source:
     name: str
     weight: float
     sizes: Sequence[int | None]
-    """Of each level's pool; None: endless."""
+    """Number of problems in each level's pool; None: endless."""
     rates: NDArray[np.float64] | None = None
     """[N] pass rates known beforehand, NaN where not; of a source of one level."""
 
@@ -73,7 +73,7 @@ class Pool:
     size: int | None
     drawn: int = 0
     cursor: int = 0
-    """Places of the epochs' orders that were passed."""
+    """Places passed in the epochs' orders, over all epochs."""
     hard: int = 0
     """Draws of hard problems, and of others where there was none."""
     rates: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
@@ -111,12 +111,14 @@ class Pool:
         rate, before = solved / tried, self.rates[index]
         first = np.isnan(self.last[index])
         self.rates[index] = rate if first else (before + rate) / 2
-        self.last[index], self.tried[index], self.step[index] = rate, tried, step
+        self.last[index] = rate
+        self.tried[index] = tried
+        self.step[index] = step
 
 
 @dataclass(slots=True)
 class Progress:
-    """Where a source stands among its levels."""
+    """A source's current level, and its success there so far."""
 
     level: int = 0
     solved: int = 0
@@ -125,7 +127,7 @@ class Progress:
 
 
 class Curriculum:
-    """The state, and what may change it: `choose` draws, `observe` measures. Two with the same
+    """The state of the draws: `at` draws, `observe` takes in measured success. Two with the same
     settings, sources, seed and history draw the same."""
 
     def __init__(self, settings: CurriculumConfig, sources: Sequence[Source], seed: int) -> None:
@@ -137,9 +139,10 @@ class Curriculum:
         self.next = 0
         """The first position that is not drawn yet."""
         self.plan: dict[int, Choice] = {}
-        """By position, the draws that have not come back."""
+        """Position -> draw, of the draws that have not come back."""
         self.progress = [Progress() for _ in sources]
         self.pools = self._new_pools()
+        # streams of their own: 1 for the orders of epochs, 0 (in `at`) for the draws
         self._order = lru_cache(maxsize=4)(
             lambda source, level, size, epoch: np.random.default_rng(
                 [seed, 1, source, level, epoch]
@@ -150,16 +153,16 @@ class Curriculum:
         return [[Pool.of(size, s.rates) for size in s.sizes] for s in self.sources]
 
     def at(self, position: int) -> Choice | None:
-        """The draw of a position, made with all before it where it is new; None for one that has
-        come back."""
+        """The draw of a position; a new one is made after all before it. None for a draw that has
+        come back and is forgotten."""
         while self.next <= position:
             self.plan[self.next] = self._choose(np.random.default_rng([self.seed, 0, self.next]))
             self.next += 1
         return self.plan.get(position)
 
     def _choose(self, rng: np.random.Generator) -> Choice:
-        """Draws go to the source that lacks most of its share, so that counts are never off by one
-        or more."""
+        """The next draw: of the source that lacks most of its share, so that counts are never off
+        by one or more."""
         drawn = [sum(pool.drawn for pool in pools) for pools in self.pools]
         lacking = [
             s.weight * (sum(drawn) + 1) - d for s, d in zip(self.sources, drawn, strict=True)
@@ -188,7 +191,8 @@ class Curriculum:
             open_ = free
         hard = open_ & (pool.rates > 0) & (pool.rates <= settings.hard_below)
         if settings.hard_share * (pool.drawn + 1) - pool.hard >= 1:
-            pool.hard += 1  # made up for later, whole steps would be of hard ones alone
+            # also without one: a debt paid later would make whole steps of hard problems alone
+            pool.hard += 1
             if hard.any():
                 return int(rng.choice(np.flatnonzero(hard))), "hard"
         if settings.pick == "order" or not open_.any():
@@ -230,7 +234,7 @@ class Curriculum:
                 return index
 
     def _weighed(self, pool: Pool, open_: NDArray[np.bool_], rng: np.random.Generator) -> int:
-        """A place among the open problems."""
+        """The index, among the open problems, of one drawn by its pass rate."""
         rates = np.nan_to_num(pool.rates[open_], nan=0.5)
         if self.settings.pick == "thompson":
             tried = pool.tried[open_]
@@ -240,7 +244,10 @@ class Curriculum:
         return int(rng.choice(len(weights), p=weights / weights.sum()))
 
     def observe(self, results: Iterable[tuple[Choice, int, int]], step: int) -> None:
-        """(draw, correct answers, answers) of the groups of RL step `step`, in their order."""
+        """Updates pass rates and levels from the groups of RL step `step`.
+
+        results: (draw, correct answers, answers) of each group, in their order.
+        """
         self.step = step
         for choice, solved, tried in results:
             if not tried:
@@ -270,8 +277,8 @@ class Curriculum:
                 pool.waiting[choice.index] -= 1
 
     def metrics(self, choices: Sequence[Choice]) -> dict[str, float]:
-        """`sched/*` of a step's draws: where they came from, how hard they were thought to be and
-        why they were taken; and what is dropped now."""
+        """`sched/*` metrics: a step's draws counted by source, by difficulty as known then and by
+        reason, and how many problems are dropped now."""
         metrics = {f"sched/source/{source.name}": 0.0 for source in self.sources}
         metrics |= {f"sched/difficulty/{name}": 0.0 for name in BINS}
         metrics |= {f"sched/picked/{name}": 0.0 for name in WHY}
@@ -289,7 +296,7 @@ class Curriculum:
         return metrics
 
     def state(self) -> dict[str, Any]:
-        """Everything that changes, as JSON takes it."""
+        """Everything that changes, as JSON values."""
         return {
             "step": self.step,
             "next": self.next,
@@ -299,7 +306,7 @@ class Curriculum:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a `state`; ValueError where that is of other data."""
+        """Sets the state to that of `state()`. Raises ValueError if that is of other data."""
         sizes = [[pool["size"] for pool in pools] for pools in state["pools"]]
         if sizes != [list(source.sizes) for source in self.sources]:
             raise ValueError(
@@ -310,7 +317,7 @@ class Curriculum:
         self.next = state["next"]
         self.plan = {int(p): Choice(*choice) for p, choice in state["plan"].items()}
         self.progress = [Progress(**at) for at in state["progress"]]
-        self.pools = self._new_pools()  # whatever was drawn before
+        self.pools = self._new_pools()  # `_unpack` sets drawn problems only; the rest must be new
         for pools, saved in zip(self.pools, state["pools"], strict=True):
             for pool, columns in zip(pools, saved, strict=True):
                 _unpack(pool, columns)
@@ -324,7 +331,7 @@ _COLUMNS = ("rates", "last", "tried", "step", "times")
 
 
 def _packed(pool: Pool) -> dict[str, Any]:
-    """Counts, and the columns of the problems that were drawn."""
+    """A pool's counts, and its columns for the problems that were drawn, as JSON values."""
     seen = np.flatnonzero(pool.times)
     columns = {name: getattr(pool, name)[seen].tolist() for name in _COLUMNS}
     columns |= {

@@ -1,9 +1,9 @@
-"""Rows with answers as what supervised learning imitates: token ids, and which of them are learnt.
+"""Rows with answers as examples for supervised learning: token ids and a mask of those learnt.
 
-A conversation is what the model would have read and said: the template's prompt for a turn, the
-turn's text, the token that ends it. Where the template shows earlier turns to a later one as they
-were said, all of them are learnt in one sequence; where it does not (Qwen3 takes out the thinking
-of earlier turns), each such turn is learnt in a sequence of its own.
+A sequence is what the model would have read and said: the template's prompt for a turn, the turn's
+text, the token that ends it. Where the template shows earlier turns to a later one as they were
+said, all of them are learnt in one sequence; where it does not (Qwen3 takes out the thinking of
+earlier turns), each such turn is learnt in a sequence of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TRIED = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Example:
-    """A sequence and its tokens that are learnt."""
+    """A sequence of T tokens, and the mask of those that are learnt."""
 
     token_ids: tuple[int, ...]
     learnt: NDArray[np.bool_]
@@ -44,9 +44,9 @@ class Example:
 def examples_of(
     messages: Sequence[Message], writer: PromptWriter, tokenizer: Tokenizer, end: int
 ) -> list[Example]:
-    """Every answer of the assistant to anything, each learnt once, in as few sequences as the
-    template allows; the longest first. end: the token that ends an answer. `BadRow` where there is
-    no answer."""
+    """The assistant's answers in a conversation, each learnt once, in as few sequences as the
+    template allows; the longest first. end: the token that ends an answer. Raises BadRow if there
+    is no answer."""
     examples: list[Example] = []
     stop = len(messages)
     while stop:
@@ -69,8 +69,8 @@ def examples_of(
 
 
 class RowReader:
-    """Makes messages of the rows of one table. ValueError where no column is known to hold what is
-    asked."""
+    """Converts the rows of one table to messages. Raises ValueError if no column is known to hold
+    the prompt or the answer."""
 
     def __init__(self, settings: DataConfig, table: Table) -> None:
         head = table.head()
@@ -79,7 +79,7 @@ class RowReader:
         self._talk = next((name for name in CONVERSATIONS if _answered(head[0].get(name))), None)
         if self._talk is None or settings.prompt_column is not None:
             self._talk = None
-            # a reference is not needed, and neither is one missed
+            # supervised learning grades nothing, so a table without references is fine
             free = {} if settings.answer_column else {"answer_column": ""}
             self._mapper = Mapper(settings.model_copy(update=free), head, table.key, table.where)
             columns = (settings.solution_column,) if settings.solution_column else ANSWERS
@@ -93,7 +93,7 @@ class RowReader:
                 )
 
     def __call__(self, row: Mapping[str, Any]) -> tuple[Message, ...]:
-        """Raises BadRow."""
+        """The row's messages, the answer last. Raises BadRow if it has none."""
         if self._mapper is None:
             try:
                 talk = read_messages(row.get(self._talk or ""))
@@ -116,7 +116,7 @@ class RowReader:
 
 
 def check_rows(settings: DataConfig, table: Table) -> None:
-    """ValueError where the first rows of a table cannot be learnt from."""
+    """Raises ValueError if most of a table's first rows cannot be learnt from."""
     reader, wrong = RowReader(settings, table), []
     rows = table.head(_TRIED)
     for row in rows:
@@ -182,7 +182,7 @@ class Demonstrations:
             raise ValueError(
                 f"sft.heldout={heldout} leaves nothing to learn of the {len(rows)} rows; lower it"
             )
-        rows.sort(key=_key)
+        rows.sort(key=_key)  # by hash: the same rows are held out whatever order they stand in
         self.heldout = [each for messages in rows[:heldout] for each in self._examples(messages)]
         if heldout and not self.heldout:
             raise ValueError(
@@ -193,8 +193,8 @@ class Demonstrations:
         self._order = lru_cache(maxsize=2)(lambda epoch: order_of(len(self._rows), seed, epoch))
 
     def _try(self, rows: Sequence[Sequence[Message]]) -> None:
-        """ValueError where the template refuses the first rows, or none of them is short enough; a
-        note where some are too long."""
+        """Raises ValueError if the template refuses the first rows, or none of them is short
+        enough; adds a note if some are too long."""
         too_long = sum(not self._examples(messages) for messages in rows)
         said = (
             f"{too_long} of the first {len(rows)} rows have more than {self._limit} tokens, the"
@@ -213,7 +213,7 @@ class Demonstrations:
         return len(self._rows)
 
     def examples(self, position: int) -> list[Example]:
-        """Those of the row at a position of the run; none where all are too long."""
+        """The sequences of the row at a position of the run; none if all are too long."""
         epoch, at = divmod(position, self.size)
         return self._examples(self._rows[int(self._order(epoch)[at])])
 

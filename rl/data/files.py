@@ -1,4 +1,4 @@
-"""Files of rows: which files a name means, and their rows piece by piece, whatever the format.
+"""Data files: the files that a name stands for, and their rows in pieces, whatever the format.
 
 Formats: Parquet, Arrow (as `save_to_disk` writes it), JSON, JSON lines, CSV and TSV, the texts also
 behind .gz, .bz2, .xz or .zst. A file is never held in memory as a whole unless it is one JSON
@@ -31,7 +31,7 @@ _SPLITS = {
     "eval": ("eval", "evaluation"),
 }
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-"""A half of a pair as JSON escapes it."""
+"""One half of a surrogate pair as JSON escapes it."""
 _HALF = re.compile("[\ud800-\udfff]")
 _DESCRIPTIONS = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json")
 
@@ -41,8 +41,8 @@ Piece = Any
 
 
 def format_of(path: Path) -> str:
-    """The suffix without a compression's, e.g. `.jsonl` of `train.jsonl.gz`; of files without a
-    known one by content."""
+    """The suffix before that of a compression, e.g. `.jsonl` of `train.jsonl.gz`; of a file without
+    any suffix the one its content fits; "" if unknown."""
     name = path.name.lower()
     for packed in _PACKED:
         name = name.removesuffix(packed)
@@ -62,12 +62,11 @@ def format_of(path: Path) -> str:
 def find_files(
     name: str, key: str, split: str = "train", subset: str | None = None
 ) -> list[Path] | None:
-    """The files that a name means: one file, a glob, a folder of shards or one that `save_to_disk`
-    wrote; `~` is the home.
+    """The files that a name stands for: one file, a glob, a folder of shards or one that
+    `save_to_disk` wrote; `~` is the home. None if nothing has that name.
 
-    split, subset: which of a folder's files are meant, by their names. None where there is nothing
-    of that name. ValueError for a pattern, split or folder without files, and for a file of no
-    known format.
+    split, subset: select a folder's files by their names. Raises ValueError for a pattern, split or
+    folder without files, and for a file of no known format.
     """
     path = Path(name).expanduser()
     if not path.exists() and glob.has_magic(name):
@@ -152,8 +151,8 @@ def _words(path: Path, *, whole: bool = False) -> set[str]:
 
 
 def pieces(path: Path, rows: int = _PIECE) -> Iterator[Piece]:
-    """The rows of a file in order. ValueError says what is wrong with its content, and in which
-    line."""
+    """The rows of a file in order. Raises ValueError, with the line where it is known, if its
+    content is not valid."""
     try:
         yield from _READ[format_of(path)](path, rows)
     except UnicodeDecodeError as error:
@@ -208,10 +207,10 @@ def _arrow(path: Path, rows: int) -> Iterator[Piece]:
 
 
 def _csv(path: Path, rows: int) -> Iterator[Piece]:
-    """Every value stays the text that it is; an empty one is None."""
+    """Rows of a CSV or TSV file. Every value stays a text; an empty one is None."""
     with _opened(path) as raw:
         text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
-        csv.field_size_limit(1 << 30)
+        csv.field_size_limit(1 << 30)  # Python's own limit is 131,072, which tests can exceed
         reader = csv.DictReader(
             text, delimiter="\t" if format_of(path) == ".tsv" else ",", restkey="", strict=True
         )
@@ -228,7 +227,7 @@ def _csv(path: Path, rows: int) -> Iterator[Piece]:
 
 
 def _json(path: Path, rows: int) -> Iterator[Piece]:
-    """One value or a value in each line, whatever the suffix says."""
+    """Rows of a file with one JSON value or one in each line, whatever the suffix says."""
     with _opened(path) as raw:
         text = io.TextIOWrapper(raw, encoding="utf-8-sig")
         head = list(itertools.islice((line for line in text if line.strip()), 2))
@@ -261,7 +260,8 @@ def _lines(text: IO[str]) -> Iterator[Row]:
 
 
 def _parsed(text: str) -> Any:
-    """Half a surrogate pair, which JSON can hold and no tokenizer or file takes, becomes U+FFFD."""
+    """The value of a JSON text. Half a surrogate pair, which JSON can hold but no tokenizer or file
+    takes, becomes U+FFFD."""
     value = json.loads(text)
     return _with_characters(value) if _SURROGATE.search(text) else value
 

@@ -21,8 +21,8 @@ _TRIES = 400
 
 
 def task_of(settings: DataConfig) -> str:
-    """The task's name; ValueError if reasoning-gym or the task is missing, or refuses
-    `data.gym`."""
+    """The task's name. Raises ValueError if reasoning-gym or the task is missing, or if the task
+    refuses `data.gym`."""
     try:
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
@@ -57,8 +57,8 @@ def _make(task: str, options: Mapping[str, Any], seed: int) -> Any:
 
 
 class GymSource:
-    """`data.source: reasoning_gym:<task>`. Held out is what the hash of the question says, as for
-    arithmetic."""
+    """`data.source: reasoning_gym:<task>`. The hash of a question decides whether it is held out,
+    as for arithmetic."""
 
     size = None
 
@@ -99,8 +99,8 @@ class GymSource:
         )
 
     def _candidates(self) -> Iterator[Mapping[str, Any]]:
-        """Held-out items, each question once, the same for every seed; ends when new ones have
-        become rare."""
+        """Held-out items, each question once, the same for every seed; ends after 16 chunks without
+        a new one."""
         seen, misses, chunk = set[str](), 0, 0
         while misses < 16 * _CHUNK:
             items = self._chunk("heldout", chunk, 0)

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, where there may be no way to it."""
+"""Whether the Hugging Face Hub can be reached, so that machines without network do not wait."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ from urllib.parse import urlparse
 
 ADDRESS = "https://huggingface.co"
 CONNECT_S = 5.0
-"""How long its address may take to answer."""
+"""Seconds that its address may take to accept a connection."""
 
 
 def look_up() -> None:
-    """Before the Hub is asked for anything: where nothing answers at its address, the clients are
-    told to look into their caches alone. By themselves they would try six times, which takes half
-    a minute for each file."""
+    """Switches the Hub's clients to their caches if nothing answers at its address; call it before
+    them. By themselves they would try six times, which takes half a minute for each file."""
     address = os.environ.get("HF_ENDPOINT") or ADDRESS
     if within_reach(address):
         return
     import datasets.config
     from huggingface_hub import constants
 
-    # what HF_HUB_OFFLINE=1 sets, which is read when these are imported
+    # the variable HF_HUB_OFFLINE would come too late: it is read when these are imported
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 @cache
 def within_reach(address: str) -> bool:
-    """Whether something answers there; taken for granted behind a proxy."""
+    """Whether something accepts a connection there; taken for granted behind a proxy."""
     if {"http", "https", "all"} & urllib.request.getproxies().keys():
         return True
     parts = urlparse(address)

@@ -1,4 +1,4 @@
-"""Where public data sets keep prompt, answer and tests, as a table.
+"""A table of the layouts of public data sets: the paths of prompt, answer and tests in their rows.
 
 A path such as `reward_model.ground_truth` or `conversations.-1.value` goes into mappings, lists and
 JSON texts of them.
@@ -20,7 +20,7 @@ _LONGEST_LITERAL = 100_000  # characters; Python reads a literal slowly
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Where the parts of a row lie. Of alternatives the first that the rows have is meant."""
+    """The paths of a row's parts. Of alternatives, the first that the rows have is taken."""
 
     name: str
     has: tuple[str, ...] = ()
@@ -29,19 +29,19 @@ class Layout:
     """Paths and the regular expression that the first row's values there match."""
     prompt: str = ""
     template: str = ""
-    """Makes the prompt where no column holds it: `{name}` stands for a path."""
+    """Makes the prompt if no column holds it: `{name}` stands for a path."""
     answer: tuple[str, ...] = ()
     tests: tuple[str, ...] = ()
     """Paths of tests: a row with one of them asks for a program."""
     before: tuple[str, ...] = ()
-    """Columns that stand before a text prompt: a passage, a story."""
+    """Columns put before a text prompt: a passage, a story."""
     after: tuple[str, ...] = ()
-    """Columns that stand behind it: an instruction's input, a contest problem's formats."""
+    """Columns put behind it: an instruction's input, a contest problem's formats."""
     options: str = ""
     """The choices of a multiple-choice question: a path, or several with `|` between; the answer
-    becomes a letter. Where the answer is one of several, their order is made from the row."""
+    becomes a letter. If the answer is one of several paths, a hash shuffles the choices."""
     first: int = 0
-    """The number that the first choice has where the answer is a number."""
+    """The number of the first choice, if answers are numbers of choices."""
     starter: tuple[str, ...] = ()
     """The signature that a program is to have."""
     system: str = ""
@@ -57,6 +57,7 @@ _PUZZLE = (
     " <answer> </answer> tags, for example <answer>(1 + 2) / 3</answer>."
 )
 
+# The first that fits is recognised, so special ones stand before general ones: dapo before verl.
 LAYOUTS: tuple[Layout, ...] = (
     # verl's frame with contents of their own
     Layout(
@@ -233,7 +234,7 @@ NAMES = tuple(dict.fromkeys(layout.name for layout in LAYOUTS))
 
 
 def lookup(row: Any, path: str) -> Any:
-    """The value at a path, None where there is none."""
+    """The value at a path; None if there is none."""
     if isinstance(row, Mapping) and path in row:
         return row[path]
     value = row
@@ -264,12 +265,13 @@ def spelled(text: str) -> Any:
     except ValueError:
         try:
             return ast.literal_eval(text.strip()) if len(text) < _LONGEST_LITERAL else text
+        # the last two are what literal_eval raises for deep nesting
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return text
 
 
 def given(value: Any) -> bool:
-    """Whether a row says anything there."""
+    """Whether a value holds anything: no null, NaN, blank text, or container of such."""
     if isinstance(value, str):
         return bool(value.strip())
     if isinstance(value, Mapping):
@@ -282,8 +284,8 @@ def given(value: Any) -> bool:
 
 
 def by_name(name: str, head: Sequence[Row]) -> Layout:
-    """The layout of that name whose columns the rows have. ValueError says which columns it
-    needs."""
+    """The layout of that name whose columns the rows have. Raises ValueError, with the columns that
+    it needs, if there is none."""
     layouts = [layout for layout in LAYOUTS if layout.name == name]
     for layout in layouts:
         if all(some(head, path) for path in layout.has):
@@ -295,7 +297,7 @@ def by_name(name: str, head: Sequence[Row]) -> Layout:
 
 
 def settled(layout: Layout, head: Sequence[Row]) -> Layout:
-    """With only those alternatives that the rows have."""
+    """The layout with only those alternatives that the rows have."""
     answer = likeliest(head, layout.answer)
     starter = next((path for path in layout.starter if some(head, path)), None)
     return replace(
@@ -312,8 +314,8 @@ def opened(value: Any) -> Any:
 
 
 def likeliest(head: Sequence[Row], paths: Sequence[str]) -> str | None:
-    """The first path at which most rows say something, else the first at which one does, else the
-    first column."""
+    """The first path that has a value in most rows, else the first that has one in any row, else
+    the first that is a column; None if none is."""
     for fits in (most, some, lambda head, path: any(path in row for row in head)):
         if (fitting := next((path for path in paths if fits(head, path)), None)) is not None:
             return fitting
@@ -334,7 +336,7 @@ def normal(name: str) -> str:
 
 
 def columns_text(head: Sequence[Row]) -> str:
-    """The columns for an error, with what is in nested ones."""
+    """The names of the columns, with the keys of nested ones, for an error."""
     columns: dict[str, None] = {}
     for row in head[:20]:
         for column, value in row.items():

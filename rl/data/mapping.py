@@ -1,5 +1,4 @@
-"""A row as a problem: its prompt, its reference answer and its columns, as layout and settings
-say."""
+"""Rows as problems: prompt, reference answer and columns, by the layout and the settings."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ class Mapped:
 
     @property
     def text(self) -> str:
-        """All that is said, for telling problems apart."""
+        """The text of all messages, for telling problems apart."""
         return (
             self.content
             if isinstance(self.content, str)
@@ -50,15 +49,15 @@ class Mapped:
 
 
 class BadRow(ValueError):
-    """A row that no problem can be made of; the text says why."""
+    """A row that cannot become a problem; the message gives the reason."""
 
 
 class Mapper:
-    """Finds prompt, answer and tests in the rows of one table. ValueError names the setting that is
-    wrong.
+    """Finds prompt, answer and tests in the rows of one table. Raises ValueError, with the setting
+    that is wrong, if their columns are not known.
 
-    head: the first rows, by whose columns the layout is recognised. key, where: how to speak of the
-    table.
+    head: the first rows, by whose columns the layout is recognised. key, where: the setting that
+    named the table and its name, for messages.
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class Mapper:
         return {str(lookup(row, path)) for row in self._head} == {"0", "1"}
 
     def _all_answers(self, kind: Callable[[Any], bool]) -> bool:
-        """Whether all answers of the first rows are of this kind."""
+        """Whether the first rows have answers, and `kind` holds for all of them."""
         paths = [path for path in self.layout.answer if path != self.layout.prompt]
         values = [lookup(row, path) for path in paths for row in self._head]
         return any(given(value) for value in values) and all(
@@ -111,7 +110,7 @@ class Mapper:
         )
 
     def _find_options(self) -> str:
-        """The options' path; empty where the prompts show them already."""
+        """The path of the choices to be added to prompts; "" if the prompts show them already."""
         path = self.layout.options if self._composed else ""
         if not path:
             return ""
@@ -123,14 +122,14 @@ class Mapper:
 
     @property
     def task(self) -> str:
-        """`code` where rows have tests, `gym` where only reasoning-gym's rule can tell, else
-        `math`."""
+        """The reward that fits: `code` for rows with tests, `gym` for those that only
+        reasoning-gym's rule can grade, else `math`."""
         if self.layout.tests or self._all_answers(holds_tests):
             return "code"
         return "gym" if self.layout.metadata else "math"
 
     def describe(self) -> str:
-        """One line for the start of a run."""
+        """A line on the layout, for the start of a run."""
         layout, settings = self.layout, self._settings
         prompt = (
             "data.prompt_template" if settings.prompt_template else layout.prompt or "a template"
@@ -177,7 +176,7 @@ class Mapper:
         return {path if path in columns else path.split(".")[0] for path in paths if path}
 
     def __call__(self, row: Mapping[str, Any]) -> Mapped:
-        """Raises BadRow."""
+        """The row's prompt and answer. Raises BadRow if it lacks one."""
         content = self._content(row)
         answer = self._answer(row)
         if isinstance(content, str):
@@ -271,7 +270,8 @@ class Mapper:
         )
 
     def _filled(self, template: str, row: Mapping[str, Any]) -> str:
-        """Raises BadRow where its columns say nothing, or one is no text."""
+        """The template filled with the row. Raises BadRow if all its columns are empty, or one
+        holds a mapping."""
         values = {name: column(row, name) for name in fields(template)}
         for name, value in values.items():
             if isinstance(value, Mapping):
@@ -284,7 +284,7 @@ class Mapper:
         return fill(template, row)
 
     def _compose(self, prompt: str, row: Mapping[str, Any]) -> str:
-        """The prompt with what belongs to it: passage, input, choices, signature."""
+        """The prompt with its passage, input, choices, signature and first assertion."""
         layout = self.layout
         parts = [plain(lookup(row, path)) for path in layout.before]
         parts = [part for part in parts if part and part not in prompt] + [prompt]
@@ -331,7 +331,7 @@ class Mapper:
         return str(matches[-1].group(1)).strip()
 
     def _text(self, value: Any, path: str) -> str:
-        """An answer as text: a number as it is, the one item of a list, a mapping's own answer,
+        """An answer as text: text as it is, the one item of a list, the answer within a mapping,
         else JSON."""
         several = bool(_ALTERNATIVES & set(path.rsplit(".", 1)[-1].lower().split("_")))
         if several and not self._stated:
@@ -369,12 +369,12 @@ _KNOWN_TESTS = frozenset(
         "generated_tests",
     )
 )
-"""Where the code reward looks by itself."""
+"""Columns in which the code reward looks for tests by itself."""
 
 
 def _first_assertion(tests: Any, prompt: str) -> str:
-    """The first of a list of assertions, where the prompt does not name the function that it
-    calls."""
+    """The first of a list of assertions, if the prompt does not name the function that it calls;
+    else ""."""
     if (
         not isinstance(tests, Sequence)
         or isinstance(tests, str)
@@ -387,7 +387,7 @@ def _first_assertion(tests: Any, prompt: str) -> str:
 
 
 def _replied(prompt: Any) -> bool:
-    """Whether a prompt is a conversation that ends with what the assistant says."""
+    """Whether a prompt is a conversation that ends with a message of the assistant."""
     try:
         turns = read_messages(prompt)
     except ValueError:
@@ -396,5 +396,5 @@ def _replied(prompt: Any) -> bool:
 
 
 def _list_of(value: Any) -> Any:
-    """The list that a text spells; everything else as it is."""
+    """The list that a text spells; any other value unchanged."""
     return spelled(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value

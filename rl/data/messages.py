@@ -22,7 +22,7 @@ _ROLES = {
     "developer": "system",
 }
 _USUAL = ("user", "assistant", "system", "tool", "function")
-"""Of which others may be slips; a template may know quite others."""
+"""A role close to one of these is taken for a typing error; any other may be a template's own."""
 _SIDES = {
     "system": "system",
     **dict.fromkeys(("human", "user", "input", "question", "prompt", "instruction"), "user"),
@@ -31,10 +31,10 @@ _SIDES = {
 
 
 def read_messages(value: Any) -> str | tuple[Message, ...]:
-    """Text stays text; everything else becomes `{"role", "content"}`, with the roles user,
+    """A text as it is, or a conversation as messages `{"role", "content"}`, with the roles user,
     assistant, system and others.
 
-    ValueError where it is neither; the text is for the end of a sentence.
+    Raises ValueError if the value is neither; its message is the end of a sentence.
     """
     if isinstance(value, str):
         opened = _opened(value)
@@ -57,8 +57,8 @@ def read_messages(value: Any) -> str | tuple[Message, ...]:
 
 
 def _turns(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """The messages of an exchange whose sides are its keys, as `{"human", "assistant"}` and
-    `{"system", "input", "output"}`; of anything else itself."""
+    """The messages of an exchange whose keys are its sides, e.g. `{"human", "assistant"}` or
+    `{"system", "input", "output"}`; any other message unchanged."""
     if "role" in message or "from" in message:
         return [message]
     said = [
@@ -73,7 +73,7 @@ def _turns(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def split_off_reply(messages: Sequence[Message]) -> tuple[tuple[Message, ...], str]:
-    """The conversation up to the last turn that is not the assistant's, and what the assistant says
+    """The conversation up to the last message that is not the assistant's, and the text of those
     after it."""
     kept = list(messages)
     reply: list[str] = []
@@ -114,8 +114,8 @@ def _text(content: Any, message: Mapping[str, Any]) -> str:
 
 
 def _opened(text: str) -> Any:
-    """The messages that a text spells as JSON or as Python prints them; None where it is an
-    ordinary text."""
+    """The messages that a text spells as JSON or as Python prints them; None for an ordinary
+    text."""
     start = text.lstrip()[:2]
     if start[:1] not in ("[", "{") or not (
         '"role"' in text or "'role'" in text or '"from"' in text

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 class MixtureSource:
-    """The sources of `data.mixture`, or the one of `data.source`, each at its levels, as the
-    curriculum draws from them. A position keeps its problem for as long as anybody may ask for it
-    again; what is measured changes those that were not asked for yet. Threads may share it."""
+    """The sources of `data.mixture`, or the one of `data.source`, each at its levels, in the order
+    of the curriculum's draws. A position keeps its problem until its group has come back; measured
+    success affects only positions that were not drawn yet. Safe to share between threads."""
 
     def __init__(
         self, settings: DataConfig, open_one: Callable[[DataConfig], PromptSource], seed: int
@@ -53,7 +53,7 @@ class MixtureSource:
 
     @cached_property
     def _curriculum(self) -> Curriculum:
-        """Made when it is first needed: problems may be left out before."""
+        """The curriculum, made when first needed: its sizes must count what `leave_out` left."""
         column = self._settings.rate_column
         sources = [
             Source(
@@ -69,12 +69,13 @@ class MixtureSource:
     def train(self, i: int) -> Prompt:
         with self._lock:
             choice = self._curriculum.at(i)
-            if choice is None:  # it has come back: whoever asks wants some problem, as a probe does
+            if choice is None:  # it has come back: any problem will do, e.g. for a probe
                 return self._levels[0][0].train(i)
             prompt = self._levels[choice.source][choice.level].train(choice.index)
             if len(self._levels[choice.source]) > 1:
                 prompt = replace(prompt, id=f"{prompt.id}/level{choice.level}")
-            if choice.times:  # ids must not meet, nor may the same answers be drawn again
+            # the id also seeds the sampling: the same one would draw the same answers again
+            if choice.times:
                 prompt = replace(prompt, id=f"{prompt.id}@{choice.times}")
             self._by_id[prompt.id] = choice
             return prompt
@@ -86,8 +87,8 @@ class MixtureSource:
         position: int,
         pending: Sequence[tuple[int, int]],
     ) -> dict[str, float]:
-        """Takes in the groups of RL step `step`, in their order; returns what was sampled and why.
-        position, pending: as in the run's progress after them."""
+        """Updates the curriculum with the groups of RL step `step`, in their order; returns its
+        metrics. position, pending: as in the run's progress after them."""
         with self._lock:
             observed = [
                 (
@@ -110,7 +111,7 @@ class MixtureSource:
             return self._curriculum.state()
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """ValueError where the state is of other data."""
+        """Sets the state to that of `state()`. Raises ValueError if that is of other data."""
         with self._lock:
             self._curriculum.restore(state)
             self._by_id = {}
@@ -121,7 +122,7 @@ class MixtureSource:
                 yield from source.examples()
 
     def solution(self, prompt: Prompt) -> str | None:
-        """Of the source that has the prompt's name, or of the only one."""
+        """The worked solution, by the source that the prompt names, or by the only one."""
         named = dict(zip(self._names, self._levels, strict=True))
         return named.get(prompt.source, self._levels[0])[0].solution(prompt)
 
@@ -135,13 +136,13 @@ class MixtureSource:
 
 
 def _levels(settings: DataConfig) -> list[DataConfig]:
-    """The settings of each level; problems are held out by the last alone, which is the aim."""
+    """The settings of each level. Only the last, whose problems are the goal, holds any out."""
     levels = settings.at_levels
     return [*(level.model_copy(update={"heldout": 0}) for level in levels[:-1]), levels[-1]]
 
 
 def _rates(source: PromptSource, column: str) -> NDArray[np.float64]:
-    """[N] NaN where a row has no number."""
+    """[N] float64 pass rates in a column; NaN where a row has none."""
     assert isinstance(source, TableSource)
     values = source.column(column)
     return np.array([np.nan if v is None else float(v) for v in values], np.float64)

@@ -1,7 +1,7 @@
-"""A table's problems, each once: read in pieces, rows of one prompt and answer folded, kept column
-by column.
+"""A table's distinct problems: read in pieces, rows of the same prompt and answer folded into one,
+stored column by column.
 
-What was made of a large table is kept in `$XDG_CACHE_HOME/emberl/data` (or `~/.cache`), under a
+The result for a large table is cached in `$XDG_CACHE_HOME/emberl/data` (or `~/.cache`), under a
 hash of the files' content and of the settings, and opened as a memory map: a table may be larger
 than the memory. Files there may be deleted.
 """
@@ -25,9 +25,9 @@ from .mapping import BadRow, Mapped, Mapper
 from .rows import Table, as_json, piece_rows
 
 CACHED_BYTES = 16 << 20
-"""Files of fewer bytes are read anew each time, which takes less than a second or two."""
+"""Tables of fewer bytes are not cached: reading them takes a second or two at most."""
 _VERSION = 1
-"""Of the cached form, and of what layouts make of rows: count up when either changes."""
+"""Version of the cached format and of the layouts' mapping: count up when either changes."""
 _JSON, _NUMBER, _KEY, _SIZE, _TURNS = (
     f"emberl {what}" for what in ("json", "number", "key", "size", "turns")
 )
@@ -40,15 +40,15 @@ class Counts:
 
     read: int
     folded: int
-    """Rows that say what an earlier one says."""
+    """Rows with the prompt and answer of an earlier one."""
     bad: int
     example: str = ""
-    """The first bad row, and what is wrong with it."""
+    """The first bad row and its fault."""
 
 
 class Rows(Sequence[Mapping[str, Any]]):
-    """Rows kept in Arrow's columns, or, where they came from a text, as JSON: each is made when it
-    is asked for."""
+    """Rows stored in Arrow's columns, or as JSON if they came from a text file; each becomes a dict
+    when it is asked for."""
 
     def __init__(self, table: Any) -> None:
         self._table = table
@@ -81,7 +81,7 @@ class Prepared:
     numbers: NDArray[np.int64]
     """[N] the row's place in its table, from 0."""
     keys: NDArray[np.void]
-    """[N] 16 bytes, a hash of what the prompt says: the same for every data set that has the
+    """[N] 16 bytes, a hash of the prompt's text: the same in every data set that has the
     problem."""
     sizes: NDArray[np.int32]
     """[N] bytes of the prompt, in UTF-8, without a template."""
@@ -91,8 +91,8 @@ class Prepared:
 
 
 def prepare(table: Table, mapper: Mapper, settings: DataConfig) -> Prepared:
-    """Reads a table once. ValueError for its first bad row where `data.drop` is none, or where most
-    rows are bad."""
+    """Reads a table once, or takes it from the cache. Raises ValueError for the first bad row if
+    `data.drop` is none, and if most rows are bad."""
     import pyarrow
 
     cached = _cache_file(table, settings)
@@ -109,7 +109,7 @@ def prepare(table: Table, mapper: Mapper, settings: DataConfig) -> Prepared:
 
 
 class _Fold:
-    """One pass over a table: its problems in parts, and what became of the rows."""
+    """One pass over a table: its distinct problems in parts, and the counts of its rows."""
 
     def __init__(self, table: Table, mapper: Mapper, settings: DataConfig) -> None:
         self._table = table
@@ -121,7 +121,7 @@ class _Fold:
         self._example = ""
 
     def parts(self) -> Iterator[Any]:
-        """Arrow tables of those rows that say something new, with a column for each figure."""
+        """Arrow tables of the rows that are new problems, with a column for each of `_OWN`."""
         start, current = 0, ""
         for where, piece in self._table.pieces():
             if where != current:
@@ -145,7 +145,7 @@ class _Fold:
                 yield _with_figures(_taken(piece, chosen), figures)
 
     def _figures(self, row: Mapping[str, Any]) -> tuple[bytes, int, int] | None:
-        """Key, size and turns; None where an earlier row says the same."""
+        """A row's key, size and turns; None if an earlier row has the same prompt and answer."""
         mapped = self._mapper(row)
         key, text = key_of(mapped)
         whole = blake2b(key + mapped.answer.encode(errors="surrogatepass"), digest_size=16).digest()
@@ -153,6 +153,7 @@ class _Fold:
             self._folded += 1
             return None
         self._seen.add(whole)
+        # they go into an int16 column
         turns = 1 if isinstance(mapped.content, str) else min(len(mapped.content), 32_000)
         return key, len(text), turns
 
@@ -163,7 +164,8 @@ class _Fold:
             raise ValueError(f"{example}; mend or remove the row, or set data.drop=bad")
 
     def counts(self) -> Counts:
-        """Once all parts are through."""
+        """The counts, once all parts were read. Raises ValueError if there are no rows, or most of
+        them are bad."""
         if self._read == 0:
             raise ValueError(
                 f"{self._table.key}={self._table.where!r} has no rows; give a data set with at"
@@ -178,7 +180,7 @@ class _Fold:
 
 
 def key_of(mapped: Mapped) -> tuple[bytes, bytes]:
-    """The hash of what a prompt says, blanks around it left out, and that text."""
+    """The 16-byte hash of a prompt's text, without blanks around its messages, and that text."""
     text = mapped.text.encode(errors="surrogatepass")
     parts = [part.strip() for part in text.split(b"\0")]
     return blake2b(b"\0".join(parts), digest_size=16).digest(), text
@@ -215,8 +217,10 @@ def _with_figures(rows: Any, of_rows: Sequence[tuple[int, bytes, int, int]]) -> 
 
 
 def _array(kind: Any, values: NDArray[Any]) -> Any:
-    """`pyarrow.array` would import pandas, for seconds."""
+    """An Arrow array without nulls of a numpy array's bytes."""
     import pyarrow
+
+    # from buffers: `pyarrow.array` would import pandas, for seconds
 
     return pyarrow.Array.from_buffers(
         kind, len(values), [None, pyarrow.py_buffer(values.tobytes())]
@@ -237,13 +241,13 @@ def _prepared(table: Any, counts: Counts) -> Prepared:
 
 
 def cache_folder() -> Path:
-    """Where prepared tables are kept."""
+    """The directory of the cached tables."""
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(root) / "emberl" / "data"
 
 
 def _cache_file(table: Table, settings: DataConfig) -> Path | None:
-    """None for small tables, and for those that are made of no files."""
+    """The cache's file for a table; None for small tables, and for those not read from files."""
     if not table.files or sum(file.stat().st_size for file in table.files) < CACHED_BYTES:
         return None
     import xxhash
@@ -268,9 +272,9 @@ def _cache_file(table: Table, settings: DataConfig) -> Path | None:
 
 
 def _save(fold: _Fold, path: Path) -> bool:
-    """Writes the parts as they come, so that they need not fit into memory; whole or not at all,
-    whoever else writes the same. False where the folder cannot be written to, or where the parts
-    have types that do not go together."""
+    """Writes the parts as they come, so that they need not fit into memory; atomically, also if
+    another process writes the same. False if the folder cannot be written to, or if the parts have
+    types that cannot be cast to one schema."""
     import pyarrow
 
     try:
@@ -280,6 +284,7 @@ def _save(fold: _Fold, path: Path) -> bool:
             _write(fold, file)
             notes = file.with_suffix(".json")
             notes.write_text(json.dumps(asdict(fold.counts())))
+            # the counts last: `_load` reads them first, so rows without counts do not exist yet
             os.replace(file, path)
             os.replace(notes, path.with_suffix(".json"))
     except (OSError, pyarrow.ArrowException):
@@ -302,7 +307,7 @@ def _write(fold: _Fold, file: Path) -> None:
 
 
 def _load(path: Path) -> Prepared | None:
-    """None where there is no such file, or one that cannot be read."""
+    """The cached table; None if there is no such file, or if it cannot be read."""
     import pyarrow
 
     try:
@@ -313,7 +318,7 @@ def _load(path: Path) -> Prepared | None:
 
 
 def _has_objects(value: Any) -> bool:
-    """Whether there is a value in it that JSON has no word for, such as a date."""
+    """Whether it contains a value that JSON has no type for, such as a date."""
     if isinstance(value, Mapping):
         return any(_has_objects(each) for each in value.values())
     if isinstance(value, list):

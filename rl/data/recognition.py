@@ -1,5 +1,5 @@
-"""How the columns of a data set are recognised that is on no list: by their names, and by what they
-hold."""
+"""Recognition of a data set's layout: from the table of known layouts, else from the names and the
+contents of its columns."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _FRAMES = ("openrlhf", "trl", "sharegpt")
 
 
 def recognise(head: Sequence[Row]) -> Layout | None:
-    """The first layout of the table that fits rows, else one made of names that say what they are;
-    None without a prompt."""
+    """The first known layout that fits the rows, else one guessed from the columns' names; None if
+    no column is a prompt."""
     guess = _guess(head)
     more = guess is not None and bool(guess.tests or guess.options)
     for layout in LAYOUTS:
         if more and layout.name in _FRAMES:
-            continue  # which says nothing of tests or choices
+            continue  # a frame has no place for tests or choices, the guess has
         if all(some(head, path) for path in layout.has) and all(
             any(re.search(pattern, str(lookup(row, path))) for row in head[:3])
             for path, pattern in layout.where
@@ -96,8 +96,8 @@ def _conversations(head: Sequence[Row]) -> list[str]:
 
 
 def _prompt(names: Mapping[str, str], head: Sequence[Row], talks: list[str]) -> str | None:
-    """The path of what is asked: the likeliest by name that is no number and is not the same in
-    every row."""
+    """The path of the prompt: the likeliest by name that is no number and is not the same in every
+    row; None if there is none."""
     known = [names[name] for name in columns.PROMPTS if name in names]
     loose = _loosely(names, columns.PROMPT_WORDS)
     prompts = [path for path in known if some(head, path)] or loose or known or talks
@@ -106,14 +106,14 @@ def _prompt(names: Mapping[str, str], head: Sequence[Row], talks: list[str]) -> 
     varied = [path for path in spoken if any(_varies(head, part) for part in parts[path])]
     if not varied:
         varied = [p for p in loose if _varies(head, p) and " " in str(lookup(head[0], p))]
-    # the name of a task is no prompt
+    # the same `task` in every row is the task's name, no prompt
     spoken = varied or [path for path in spoken if len(head) == 1 or normal(path) != "task"]
     nested = [path for path in spoken if any(other.startswith(f"{path}.") for other in spoken)]
     return likeliest(head, [path for path in spoken if path not in nested] or spoken)
 
 
 def _answer(names: Mapping[str, str], head: Sequence[Row], taken: set[str]) -> str | None:
-    """The path of the reference answer, which is none of those taken; a yes or no comes last."""
+    """The path of the reference answer, none of `taken`; columns of booleans come last."""
     answers = [path for path in _answers(names) if path not in taken]
     answers.sort(key=lambda path: all(isinstance(lookup(row, path), bool) for row in head))
     if not any(some(head, path) for path in answers):
@@ -125,8 +125,8 @@ def _answer(names: Mapping[str, str], head: Sequence[Row], taken: set[str]) -> s
 def _options(
     names: Mapping[str, str], head: Sequence[Row], options: str, answer: str | None
 ) -> str:
-    """Where choices are once the answer is known: also a list of answers that it points into, and
-    the wrong answers beside it."""
+    """The path or paths of the choices, given those by name and the answer: also a list of answers
+    that the answer is an index into, or the answer with columns of wrong ones."""
     listed = names.get("answers", "")
     if answer == listed and isinstance(lookup(head[0], f"{listed}.0"), Mapping):
         options = listed
@@ -141,8 +141,8 @@ def _options(
 
 
 def _choices(names: Mapping[str, str], head: Sequence[Row]) -> str:
-    """Where a question's choices are: a column of that name, a column for each, or a list in a
-    column whose name has a word for them."""
+    """The path or paths of a question's choices, by name: one column, a column for each choice, or
+    a list in a column whose name has a word for choices; "" if there are none."""
     for key in columns.OPTIONS:
         if key in names and some(head, names[key]):
             return names[key]
@@ -161,7 +161,7 @@ def _choices(names: Mapping[str, str], head: Sequence[Row]) -> str:
 
 
 def _first_number(head: Sequence[Row], options: str, answer: str | None) -> int:
-    """1 if numbers of choices are counted from there: the last one's is as many as there are."""
+    """The number of the first choice: 1 if answers include the count of choices and not 0."""
     if "|" not in options or answer is None:
         return 0
     said = {str(lookup(row, answer)) for row in head}
@@ -169,7 +169,7 @@ def _first_number(head: Sequence[Row], options: str, answer: str | None) -> int:
 
 
 def _named(head: Sequence[Row]) -> dict[str, str]:
-    """Paths by their normal names: the by_name, and behind them what one level of nesting holds."""
+    """Paths by their normal names: the columns, then the keys one level below them."""
     by_name: dict[str, str] = {}
     for row in head[:20]:
         for column in row:
@@ -193,8 +193,8 @@ def _order(column: str) -> int:
 
 
 def _answers(names: Mapping[str, str]) -> list[str]:
-    """Paths of answers, the likeliest first: a column before what is nested, except in a place made
-    for it."""
+    """Paths of answers, the likeliest first: columns before nested paths, except for those in
+    `reward_model` and `verification_info`, which are made for references."""
     known = [names[name] for name in columns.ANSWERS if name in names]
     known = [
         path
@@ -243,8 +243,8 @@ def _tests(names: Mapping[str, str], head: Sequence[Row]) -> tuple[str, ...]:
 
 
 def _paired(names: Mapping[str, str], head: Sequence[Row], chosen: Sequence[str]) -> str:
-    """Two lists, of inputs and of outputs, in columns `inputs` and `outputs` or `test_input` and
-    `test_output`; those of hidden tests before examples. Empty where other columns have tests."""
+    """`inputs|outputs`, the paths of two lists in columns such as `test_input` and `test_output`;
+    hidden tests before examples. "" if there are none, or if other columns have tests."""
     pairs = {
         path: names[other]
         for name, path in names.items()
@@ -259,7 +259,7 @@ def _paired(names: Mapping[str, str], head: Sequence[Row], chosen: Sequence[str]
 
 
 def _loosely(names: Mapping[str, str], words: Sequence[str]) -> list[str]:
-    """Paths whose names have one of these words in them; Chinese has no space between words."""
+    """Paths whose names contain one of these words; Chinese puts no space between words."""
     return [
         names[name]
         for word in words
@@ -269,7 +269,7 @@ def _loosely(names: Mapping[str, str], words: Sequence[str]) -> list[str]:
 
 
 def _tests_something(value: Any) -> bool:
-    """Whether a column of that name holds tests and not, say, a score or a split's name."""
+    """Whether a value is tests rather than, say, a score or the name of a split."""
     if isinstance(value, str):
         return len(value) > 20 and (
             "assert" in value or value.lstrip()[:1] in ("[", "{") or len(value) > 200

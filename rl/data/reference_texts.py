@@ -1,5 +1,5 @@
-"""References as texts: what a solution comes to, the letter of a choice, what is a program and what
-holds tests."""
+"""Reference answers as texts: the final answer of a solution, the letter of a choice, and checks
+for programs and tests."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def is_program(value: Any) -> bool:
 
 
 def holds_tests(value: Any) -> bool:
-    """Whether a reference is tests of a program: assertions, or inputs and outputs."""
+    """Whether a reference holds tests of a program: assertions, or inputs and outputs."""
     value = spelled(value) if isinstance(value, str) else value
     if isinstance(value, str):
         return re.search(r"^\s*assert .*[=(]", value, re.MULTILINE) is not None
@@ -58,7 +58,7 @@ def final_answer(text: str) -> str:
         return text if text.count("\\boxed") > 1 else _boxed(text) or text
     if match := _COUNTED.fullmatch(text):
         return match[1]
-    if _MARKED.search(text):  # most references have none, and looking closer takes its time
+    if _MARKED.search(text):  # a quick check first: most references have no marker
         extracted = extract(text)
         stated = extracted.candidates[0] if len(extracted.candidates) == 1 else ""
         if extracted.how in ("marker", "answer_tag") and (
@@ -69,7 +69,7 @@ def final_answer(text: str) -> str:
 
 
 def _boxed(text: str) -> str:
-    """The content of the last box; empty where its braces do not close."""
+    """The content of the last box; "" if its braces do not close."""
     start = text.rindex("\\boxed") + len("\\boxed")
     depth = 0
     for at in range(start, len(text)):
@@ -80,14 +80,13 @@ def _boxed(text: str) -> str:
 
 
 def options_of(row: Mapping[str, Any], layout: Layout) -> tuple[list[str], list[str]]:
-    """Labels and texts of a question's choices; a label is empty where the text shows one
-    already."""
+    """Labels and texts of a question's choices; a label is "" if the text shows one already."""
     paths = layout.options.split("|")
     value: Any = lookup(row, paths[0])
     if len(paths) > 1:
         value = [plain(lookup(row, path)) for path in paths]
         value = [text for text in value if text]
-        if {*layout.answer} & {*paths}:  # the right one is the first
+        if {*layout.answer} & {*paths}:  # the right one would always be the first
             value.sort(key=lambda text: zlib.crc32(f"{lookup(row, layout.prompt)}{text}".encode()))
     value = spelled(value) if isinstance(value, str) else value
     # ARC
@@ -114,7 +113,8 @@ def options_of(row: Mapping[str, Any], layout: Layout) -> tuple[list[str], list[
 
 
 def _label_and_text(choice: Mapping[str, Any]) -> tuple[str, str]:
-    """`{"label": "A", "text": "4"}`, whatever the names: what looks like a label, and the rest."""
+    """The label and the text of e.g. `{"label": "A", "text": "4"}`, whatever the names: the value
+    that looks like a label, and the other."""
     values = [str(value) for value in choice.values() if isinstance(value, str | int | float)]
     values = [value for value in values if value not in ("True", "False")] or values
     label = next((value for value in values if re.fullmatch("[A-Za-z0-9]", value)), "")
@@ -126,8 +126,8 @@ def _capital(label: str) -> str:
 
 
 def letter_of(value: Any, labels: Sequence[str], texts: Sequence[str], first: int = 0) -> str:
-    """The label of the right choice, of a label, a number counted from `first`, a list with a 1 at
-    its place, or the choice's text."""
+    """The label of the right choice. value: its label, its number counted from `first`, a list with
+    a 1 at its place, or its text."""
     if isinstance(value, Mapping):
         value = next((value[key] for key in KEYS if given(value.get(key))), "")
     if isinstance(value, list) and len(value) == len(texts) and {*map(str, value)} == {"0", "1"}:
@@ -161,7 +161,7 @@ def shows(prompt: Any, options: Sequence[str]) -> bool:
 
 
 def plain(value: Any) -> str:
-    """Text, or lines of it; of anything else nothing."""
+    """A text, or a list of texts as lines; "" for any other value."""
     if isinstance(value, Mapping):
         value = next((value[key] for key in _TEXTS if key in value), None)
     if isinstance(value, Sequence) and not isinstance(value, str):

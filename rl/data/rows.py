@@ -23,23 +23,23 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """Rows of one kind, not read yet, and how to speak of them."""
+    """Rows with the same columns, not read yet, and their names for messages."""
 
     key: str
     """The setting that named them."""
     where: str
     """The file, files or data set."""
     name: str
-    """Short."""
+    """A short name for the prompts' source, e.g. `train` of `train.jsonl`."""
     files: tuple[Path, ...]
     """The files that the rows are read from; of the Hub, those of its cache."""
     pieces: Callable[[], Iterator[tuple[str, Piece]]]
-    """The rows in order, and the name of the file that each piece is of."""
+    """Yields the rows in order, in pieces, each with the name of its file."""
     rows: int | None = None
-    """How many there are, where that is known without reading them."""
+    """How many there are; None if that is not known without reading them."""
 
     def head(self, rows: int = HEAD) -> list[Row]:
-        """The first rows. ValueError if there is none."""
+        """The first rows. Raises ValueError if there is none."""
         head: list[Row] = []
         for _, piece in self.pieces():
             head += piece_rows(
@@ -55,7 +55,7 @@ class Table:
 
 
 def piece_rows(piece: Piece, columns: Sequence[str] | None = None) -> list[Row]:
-    """The rows of a piece, or only these of their columns (of rows that are read already: all)."""
+    """The rows of a piece. columns: only these (but all of rows that are dicts already)."""
     if isinstance(piece, list):
         return piece
     if columns is not None:
@@ -65,7 +65,8 @@ def piece_rows(piece: Piece, columns: Sequence[str] | None = None) -> list[Row]:
 
 
 def check_source(settings: DataConfig) -> None:
-    """Checks `data.source` without reading it; ValueError names what it may be."""
+    """Checks that `data.source` names something, without reading it. Raises ValueError with the
+    kinds of names that it may be otherwise."""
     for name in settings.sources:
         files = find_files(name, "data.source", settings.split, settings.subset)
         if files is not None or (_HUB_ID.fullmatch(name) and not _is_file_name(name)):
@@ -83,7 +84,7 @@ def check_source(settings: DataConfig) -> None:
 
 
 def train_tables(settings: DataConfig, *, hub: bool = True) -> list[Table]:
-    """The tables of `data.source`. hub: those of the Hub too, which may download them."""
+    """The tables of `data.source`. hub: include data sets of the Hub, which may be downloaded."""
     check_source(settings)
     tables: list[Table] = []
     for name in settings.sources:
@@ -138,8 +139,8 @@ def _try(path: str, split: str) -> list[Path] | None:
 
 
 def file_tables(files: Sequence[Path], key: str, where: str) -> list[Table]:
-    """A table for each run of files with the same columns: shards are one, a file of mathematics
-    and one of code are two."""
+    """A table for each set of files with the same columns: shards are one table, a file of
+    mathematics and one of code are two."""
     groups: list[tuple[frozenset[str], list[Path]]] = []
     for file in files:
         columns = frozenset(_columns(file, key))
@@ -187,7 +188,7 @@ def _file_pieces(files: Sequence[Path], key: str) -> Iterator[tuple[str, Piece]]
 
 
 def _columns(file: Path, key: str) -> list[str]:
-    """The names of the first row's columns, none of a file without rows."""
+    """The names of the first row's columns; [] for a file without rows."""
     first = next((piece for _, piece in _file_pieces([file], key)), None)
     if first is None:
         return []
@@ -209,7 +210,7 @@ def _row_count(file: Path) -> int | None:
 
 
 def _hub_table(settings: DataConfig, name: str, split: str, key: str) -> Table:
-    import datasets  # here, because it takes seconds to load and most runs do without
+    import datasets  # here: it takes seconds to load, and most runs do without
 
     look_up()
     try:
@@ -254,7 +255,7 @@ def _is_file_name(name: str) -> bool:
 
 
 def as_json(row: Mapping[str, Any]) -> bytes:
-    """A row as one line; what JSON has no word for (a date, a decimal number) becomes text."""
+    """A row as one line of JSON; values without a JSON type (dates, decimals) become text."""
     return json.dumps(row, default=_worded).encode()
 
 

@@ -1,5 +1,5 @@
-"""Where prompts come from. A source is a pure function of (seed, position), so one integer says
-where a run stands."""
+"""Prompt sources. A source is a pure function of (seed, position), so that one integer is all that
+a run has to save of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .templates import Tokenizer
 
 
 class PromptSource(Protocol):
-    """Problems to train on and problems to be evaluated on, of which none is in both."""
+    """Disjoint sets of problems to train on and to evaluate on."""
 
     @property
     def name(self) -> str:
@@ -28,7 +28,7 @@ class PromptSource(Protocol):
 
     @property
     def heldout(self) -> Sequence[Prompt]:
-        """The same for every seed."""
+        """The held-out problems, the same for every seed."""
 
     @property
     def notes(self) -> Sequence[str]:
@@ -47,13 +47,13 @@ class PromptSource(Protocol):
 def open_source(settings: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> PromptSource:
     """The source that `data.source` names; `seed` is the run's, used unless `data.seed` is set.
 
-    Reads every row of a data set once. ValueError names the key, its value and the fix.
+    Reads every row of a data set once. Raises ValueError with the key, its value and the fix.
     """
     seed = seed if settings.seed is None else settings.seed
     if seed < 0:
         raise ValueError(f"seed={seed} must be 0 or more")
     if settings.scheduled:
-        from .mixture import MixtureSource  # which is made of sources
+        from .mixture import MixtureSource  # here: it is made of the sources below
 
         return MixtureSource(settings, lambda one: _open_one(one, tokenizer, seed), seed)
     return _open_one(settings, tokenizer, seed)
@@ -78,8 +78,8 @@ def is_table(settings: DataConfig) -> bool:
 
 
 def check_data(settings: DataConfig) -> None:
-    """Checks what needs neither tokenizer nor network: files, the first rows of each, task names.
-    ValueError as above."""
+    """Checks, without tokenizer or network, files with their first rows and task names. Raises
+    ValueError with the key, its value and the fix."""
     if is_gym(settings):
         task_of(settings)
     elif is_table(settings):
@@ -93,7 +93,7 @@ def check_data(settings: DataConfig) -> None:
 
 def known_sources(settings: DataConfig, heads: Sequence[Head]) -> set[str] | None:
     """The names that prompts may have as their source, from the first rows `heads` of the tables;
-    None where rows that were not read may have others."""
+    None if rows that were not read may have others."""
     if settings.mixture:
         return set(settings.mixture)
     if settings.source == "arithmetic":

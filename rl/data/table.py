@@ -33,7 +33,7 @@ class _Part:
     kept: NDArray[np.int64]
     name: str
     prefix: str
-    """The name, or where an earlier table has the same, one of its own: ids must differ."""
+    """The beginning of ids: the name, with a number if an earlier table has the same."""
 
 
 class TableSource:
@@ -52,7 +52,8 @@ class TableSource:
         self.name = settings.name or "+".join(dict.fromkeys(part.name for part in parts))
         self._parts = parts
         if held is None:
-            self._held_parts, held_keys = parts, _chosen(parts, settings)
+            self._held_parts = parts
+            held_keys = _chosen(parts, settings)
             held_rows = _first_with(parts, held_keys)
         else:
             self._held_parts = held
@@ -90,7 +91,7 @@ class TableSource:
 
     def train(self, i: int) -> Prompt:
         epoch, at = divmod(i, self.size)
-        # Two epochs can meet within one step, and ids must not.
+        # one step can hold the end of an epoch and the beginning of the next, and ids must differ
         return self._prompt(
             self._parts,
             self._rows[int(self._order(epoch)[at])],
@@ -98,8 +99,8 @@ class TableSource:
         )
 
     def column(self, name: str) -> list[Any]:
-        """The values of the rows of an epoch in this column, those of the first in its order; None
-        where a row has no such column."""
+        """The values of a column, in the order of the first epoch; None where a row has no such
+        column."""
         places = (self._rows[int(at)] for at in self._order(0))
         return [self._parts[part].problems.rows[index].get(name) for part, index in places]
 
@@ -116,17 +117,18 @@ class TableSource:
         yield from self.heldout
 
     def leave_out(self, ids: Set[str]) -> None:
-        """Drops problems by their ids, those of training as in the first epoch. Call it before the
-        first problem is used."""
+        """Drops problems by their ids (of training problems, the ids of the first epoch). Call it
+        before the first problem is used."""
         self._rows = [row for row in self._rows if self._id(self._parts[row[0]], row[1]) not in ids]
-        self._order.cache_clear()  # orders of as many rows as there were
+        self._order.cache_clear()  # they were permutations of the old number of rows
         self.heldout = [prompt for prompt in self.heldout if prompt.id not in ids]
 
     def solution(self, prompt: Prompt) -> str | None:
         return self._parts[0].mapper.solution(prompt.columns, prompt.answer)
 
     def _part(self, table: Table) -> _Part:
-        """Reads a table; raises, or counts, where a prompt does not fit."""
+        """Reads a table. Prompts that are too long raise ValueError, or are dropped and counted, by
+        `data.overlong`."""
         settings, notes = self._settings, self._notes
         mapper = Mapper(settings, table.head(), table.key, table.where)
         problems = prepare(table, mapper, settings)
@@ -152,7 +154,7 @@ class TableSource:
             name=name,
             prefix=prefix,
         )
-        # A token is a byte or more, so a prompt of few bytes fits without being tokenised.
+        # a token has a byte or more: a prompt of few bytes fits and need not be tokenised
         surely = (problems.turns <= 2) & (
             problems.sizes + self._frame <= settings.max_prompt_length
         )
@@ -214,16 +216,16 @@ def bare_prompt(
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Head:
-    """The first rows of a table, as problems."""
+    """A table with its first rows as problems."""
 
     table: Table
     mapper: Mapper
     problems: Prepared
     whole: bool
-    """Whether these are all rows that there are."""
+    """Whether these are all of its rows."""
 
     def prompts(self, name: str | None = None) -> Iterator[Prompt]:
-        """Without token ids."""
+        """The problems as prompts without token ids."""
         for number, row in zip(self.problems.numbers, self.problems.rows, strict=True):
             yield bare_prompt(
                 self.mapper, row, f"{self.table.name}/{number}", name, self.table.name
@@ -231,7 +233,7 @@ class Head:
 
 
 def read_head(settings: DataConfig, table: Table) -> Head:
-    """ValueError for what is wrong with the first rows, as for a whole table."""
+    """The first rows of a table as problems. Raises ValueError as for a whole table."""
     rows = table.head()
     mapper = Mapper(settings, rows, table.key, table.where)
     named = str(table.files[0]) if table.files else table.where
@@ -249,7 +251,7 @@ def heldout_note(settings: DataConfig, problems: int) -> str:
 
 
 def _frame(writer: PromptWriter) -> int:
-    """Tokens that template and system prompt add at most to a prompt of one or two messages."""
+    """The most tokens that template and system prompt add to a prompt of one or two messages."""
     longest = 0
     for messages in (
         ({"role": "user", "content": "x"},),
@@ -280,7 +282,7 @@ def _chosen(parts: Sequence[_Part], settings: DataConfig) -> set[bytes]:
 
 
 def _first_with(parts: Sequence[_Part], keys: Set[bytes]) -> list[tuple[int, int]]:
-    """The first row of each of these problems."""
+    """(part, index) of the first row of each of these problems."""
     places: list[tuple[int, int]] = []
     left = set(keys)
     for at, part in enumerate(parts):
@@ -292,5 +294,5 @@ def _first_with(parts: Sequence[_Part], keys: Set[bytes]) -> list[tuple[int, int
 
 
 def order_of(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """In which order an epoch has so many rows."""
+    """[size] int64, the order of the rows in an epoch."""
     return np.random.default_rng([seed, epoch]).permutation(size)

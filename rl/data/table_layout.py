@@ -12,11 +12,11 @@ from .recognition import recognise
 
 
 def table_layout(settings: DataConfig, head: Sequence[Row], table: str) -> Layout:
-    """Where the rows of a table have prompt, answer and tests: as the settings say, else as
-    `data.layout` names it or as it is recognised.
+    """The paths of prompt, answer and tests in a table's rows: as the settings name them, else by
+    `data.layout`, or recognised from the first rows `head`.
 
-    table: how to speak of it, e.g. `data.source='train.jsonl'`. Raises ValueError if no column is
-    known to be the prompt or the answer.
+    table: its name for messages, e.g. `data.source='train.jsonl'`. Raises ValueError if no column
+    is known to be the prompt or the answer.
     """
     try:
         recognised = (
@@ -61,8 +61,8 @@ def table_layout(settings: DataConfig, head: Sequence[Row], table: str) -> Layou
 
 
 def require_column(key: str, path: str, head: Sequence[Row], where: str) -> None:
-    """Raises ValueError, with the columns that there are, if no row has what the setting
-    `data.{key}` names."""
+    """Raises ValueError, with the columns that exist, if no row has the column that `data.{key}`
+    names."""
     if all(lookup(row, path) is None and path not in row for row in head):
         shown, holder = path, head[0]
         if "." in path:

@@ -1,5 +1,5 @@
-"""Text to token ids, the only places where that happens: prompts, and worked solutions for
-supervised learning."""
+"""Text to token ids: prompts by the chat template, and worked solutions for supervised learning.
+Nothing else tokenises."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .columns import fill
 
 T = TypeVar("T")
 ASSISTANTS = ("assistant", "model", "gpt", "bot")
-"""The roles by which data sets name whoever answers."""
+"""The names that data sets give to the role that answers."""
 TOOLS = ("tool", "function", "ipython", "observation")
-"""Whose messages some templates write in another form."""
+"""Roles whose messages some templates write in another form."""
 
 
 class Tokenizer(Protocol):
@@ -42,7 +42,7 @@ def template_of(settings: DataConfig, tokenizer: Tokenizer) -> str | None:
     """The text of the chat template that `data.template` and `data.chat_template` choose; None:
     prompts are plain text.
 
-    ValueError where there is none, or where it knows no such argument."""
+    Raises ValueError if there is none, or if it does not use one of the arguments."""
     if settings.template in ("none", "raw"):
         return None
     template, given = tokenizer.chat_template, settings.chat_template
@@ -82,11 +82,11 @@ def render(
     template: str | None,
     arguments: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text that the model continues: by the chat template, or where that is None the contents,
-    one below the other.
+    """The text that the model continues: by the chat template, or without one the contents, one
+    below the other.
 
-    arguments: of the template, as in `data.chat_template_kwargs`. ValueError where the template
-    refuses the messages, or leaves out what anybody but the assistant or a tool says.
+    arguments: the template's, as in `data.chat_template_kwargs`. Raises ValueError if the template
+    refuses the messages, or leaves out one that is not the assistant's or a tool's.
     """
     if template is None:
         return "\n".join(message["content"] for message in messages)
@@ -103,7 +103,7 @@ def render(
                 **(arguments or {}),
             )
         )
-    # jinja's own, and whatever a template raises: it is code that came with the model
+    # anything: jinja's errors, and those of the template, which is code that came with the model
     except Exception as error:
         line = f"line {number}: " if (number := getattr(error, "lineno", None)) else ""
         roles = ", ".join(message["role"] for message in messages)
@@ -119,15 +119,15 @@ def render(
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The token with which the chat template ends an assistant's turn; None where it has none, or
-    there is no template."""
+    """The id of the token with which the chat template ends an assistant's turn; None if it has
+    none, or if there is no template."""
     if tokenizer.chat_template is None:
         return None
     answer = "Here it ends."
     turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": answer}]
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # whatever a template raises: some take other turns than these
+    except Exception:  # anything: some templates refuse these turns, by errors of their own
         return None
     rest = text.rpartition(answer)[2].lstrip() if answer in text else ""
     added = {str(token.content): int(id) for id, token in tokenizer.added_tokens_decoder.items()}
@@ -136,8 +136,8 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def end_token(tokenizer: Any) -> int:
-    """The token that ends a worked solution: the end of a turn, or the tokenizer's end token;
-    ValueError where it has neither."""
+    """The id of the token that ends a worked solution: the end of a turn, or the tokenizer's end
+    token. Raises ValueError if it has neither."""
     end = end_of_turn(tokenizer)
     if end is None:
         end = tokenizer.eos_token_id
@@ -150,10 +150,10 @@ def end_token(tokenizer: Any) -> int:
 
 
 def framing_ids(tokenizer: Any) -> frozenset[int]:
-    """The special tokens that only frame a conversation: the beginning, the end, padding, and those
+    """The ids of special tokens that only frame a conversation: beginning, end, padding, and those
     of the chat template.
 
-    A pair of tags such as `<think>` and `</think>` is part of what was said, special or not.
+    A pair of tags such as `<think>` and `</think>` belongs to the content, special or not.
     """
     added = {
         token.content: (id, token.special) for id, token in tokenizer.added_tokens_decoder.items()
@@ -176,8 +176,8 @@ def _is_tag(text: str, others: Collection[str]) -> bool:
 
 def prompt_ids(text: str, tokenizer: Tokenizer, *, chat: bool) -> tuple[int, ...]:
     """The ids of a rendered prompt. A chat template writes its own special tokens; plain text gets
-    the tokenizer's at its beginning, where it has not got them already, and no end token, after
-    which there would be nothing to say."""
+    the tokenizer's beginning token, unless it has it already, and no end token, after which the
+    model would not continue."""
     ids = _encode(text, tokenizer, add_special_tokens=not chat)
     if chat:
         return ids
@@ -196,8 +196,8 @@ def prompt_ids(text: str, tokenizer: Tokenizer, *, chat: bool) -> tuple[int, ...
 def supervised_ids(
     prompt: Prompt, solution: str, tokenizer: Tokenizer, end: int
 ) -> tuple[int, ...]:
-    """The prompt, the solution and the token that ends it; the first `len(prompt.token_ids)` of
-    them are not learnt, nor is what the prompt has of the solution already."""
+    """The ids of the prompt, the solution and the end token. The first `len(prompt.token_ids)` are
+    not learnt. The beginning of the solution that the prompt has already is not repeated."""
     begun = prompt.prefix.strip()
     if begun and solution.lstrip().startswith(begun):
         solution = solution.lstrip()[len(begun) :]
@@ -282,8 +282,8 @@ class PromptWriter:
     def _open(
         self, messages: Sequence[Mapping[str, str]]
     ) -> tuple[Sequence[Mapping[str, str]], str, bool]:
-        """The messages up to the answer that is asked for, how it begins, and whether that is
-        another message of the row."""
+        """The messages before the answer to be sampled, the text that it begins with, and whether
+        that text is the row's last message."""
         prefix, asked = self._settings.assistant_prefix, len(messages)
         while asked and messages[asked - 1]["role"] in ASSISTANTS:
             asked -= 1
@@ -308,9 +308,11 @@ class PromptWriter:
         write: Callable[[T, int], Prompt],
         name: Callable[[T], str],
     ) -> list[Prompt]:
-        """The first `count` prompts that fit, or fewer where the problems run out. write: the
-        prompt of a problem, the i-th of those that fit; name: of a problem, for the error about a
-        prompt that does not fit and may not be left out."""
+        """The first `count` prompts that fit, or fewer if the problems run out. Raises ValueError
+        for one that does not fit, unless `data.overlong` is drop.
+
+        write: makes the prompt of a problem, the i-th that fits. name: of a problem, for the error.
+        """
         prompts: list[Prompt] = []
         if count == 0:
             return prompts
@@ -325,7 +327,7 @@ class PromptWriter:
         return prompts
 
     def too_long(self, what: str, length: int | None) -> str:
-        """The error for a prompt that does not fit."""
+        """The error message for a prompt that does not fit."""
         has = "fits" if length is None else f"has {length} tokens, more than"
         return (
             f"{what} {has} data.max_prompt_length={self._settings.max_prompt_length}; raise it"
@@ -334,7 +336,8 @@ class PromptWriter:
 
 
 def _merged(messages: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
-    """With the system's message, where there is one, before the user's in one."""
+    """The messages with the system message, if any, put before the first user's, in one message.
+    Raises ValueError if another role follows the system's."""
     if len(messages) < 2 or messages[0]["role"] != "system":
         return messages
     system, first, *others = messages
@@ -347,8 +350,8 @@ def _merged(messages: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]
 
 
 def with_prefix(text: str, prefix: str) -> tuple[str, str]:
-    """A rendered prompt with the beginning of the answer, and this as it stands there: some
-    templates write it themselves."""
+    """A rendered prompt with the beginning of the answer appended, and that beginning as it stands
+    there: some templates write it themselves."""
     begun = prefix.strip()
     if begun and text.rstrip().endswith(begun):
         return text, text[text.rindex(begun) :]
@@ -360,9 +363,9 @@ def _encode(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool) -> tup
     try:
         if backend is None:
             return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
-        # the wrapper costs 12 us more
+        # past transformers' wrapper, which costs 12 us more
         return tuple(backend.encode(text, add_special_tokens=add_special_tokens).ids)
-    # tokenizers raises nothing more precise, and the text is whatever a file holds
+    # tokenizers raises plain Exception, and the text is any that a file holds
     except Exception as error:
         raise ValueError(
             f"the tokenizer of the model cannot encode {text[:200]!r}: {error}"

@@ -62,7 +62,7 @@ def tiny_tokenizer(settings: TinyConfig) -> PreTrainedTokenizerFast:
     )
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([PAD, EOS])
-    # Not special: skip_special_tokens must leave the thinking's borders for the grader to see.
+    # not special: skip_special_tokens must leave the thinking's tags for the grader to see
     backend.add_tokens([AddedToken(t, normalized=False, special=False) for t in (THINK, END_THINK)])
     wrap: Any = PreTrainedTokenizerFast  # transformers leaves it untyped
     tokenizer: PreTrainedTokenizerFast = wrap(
@@ -77,7 +77,7 @@ def tiny_tokenizer(settings: TinyConfig) -> PreTrainedTokenizerFast:
 
 
 def tiny_config(settings: TinyConfig, vocab_size: int) -> dict[str, Any]:
-    """What config.json says of the architecture."""
+    """The architecture's keys of config.json."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -102,8 +102,8 @@ def tiny_config(settings: TinyConfig, vocab_size: int) -> dict[str, Any]:
 
 
 def tiny_weights(settings: TinyConfig, vocab_size: int, seed: int) -> dict[str, Tensor]:
-    """Parameter -> its first values, those of `Qwen3ForCausalLM` by the same seed; the caller's
-    random state is left as it was."""
+    """Parameter -> its initial values (float32), bit for bit those of `Qwen3ForCausalLM` by the
+    same seed; the caller's random state is unchanged."""
     width, inner = settings.hidden, settings.intermediate
     queries, keys = settings.heads * settings.head_dim, settings.kv_heads * settings.head_dim
     parts = {
@@ -118,7 +118,7 @@ def tiny_weights(settings: TinyConfig, vocab_size: int, seed: int) -> dict[str, 
     layers = [f"model.layers.{i}" for i in range(settings.layers)]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        # as there, these draw values of torch's choice first
+        # built all before `normal_`: as in transformers, their own initialisation draws first
         modules: dict[str, nn.Embedding | nn.Linear]
         modules = {"model.embed_tokens": nn.Embedding(vocab_size, width, padding_idx=0)}
         for layer in layers:

@@ -1,5 +1,4 @@
-"""Evaluation sets by name: public benchmarks with the prompts that they are asked with and what
-marks the answers.
+"""Ready evaluation sets: public benchmarks with their prompt templates and verifiers.
 
 An entry is a set as in `eval.sets`; its data set's columns are known, so that a file of the same
 rows can stand in for the Hub (`gsm8k=test.jsonl`). Where a set has no template of its own here,
@@ -92,10 +91,11 @@ READY: Mapping[str, Mapping[str, Any]] = {
 
 
 def named_set(text: str) -> tuple[str, dict[str, Any]]:
-    """(name, keys) of what a user asks for: a ready set, `NAME=FILES`, where a ready set's name
-    brings its template and verifier along, or files, a Hub data set or a generated source.
+    """(name, keys as in `eval.sets`) of a value of `--data`: a ready set, `NAME=FILES`, where a
+    ready set's name brings its template and verifier along, or files, a Hub data set or a generated
+    source.
 
-    ValueError where there is nothing of that name.
+    Raises ValueError if nothing has that name.
     """
     given, equals, source = text.partition("=")
     if not equals:

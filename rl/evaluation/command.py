@@ -1,5 +1,5 @@
-"""`emberl eval`: a model on one or several sets, its answers kept as they come, so that a killed
-evaluation goes on."""
+"""`emberl eval`: evaluates a model on one or several sets. Answers are stored as they come, so that
+a killed evaluation can resume."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ from .settings import Named, configure, find_model
 from .store import RESULT, Cell, Store, is_evaluation, open_folder, outcomes_of, read
 
 _BATCHING = ("timeout", "max_num_seqs", "token_rate", "servers", "servers_directory")
-"""Settings of rollouts on which no answer depends."""
+"""Settings of rollouts that change no answer."""
 OWN = "held-out"
 """The name of the problems that a run holds out itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """An evaluation that was looked at, of which nothing is loaded."""
+    """An evaluation whose arguments were checked; nothing is loaded yet."""
 
     named: Named
     config: Config
     ks: tuple[int, ...]
-    """Of pass@k and maj@k; empty: 2, 4, ... and n."""
+    """The k of pass@k and maj@k; empty: 2, 4, ... and n."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -76,8 +76,8 @@ def plan(
     step: int | None = None,
     ks: Sequence[int] = (),
 ) -> Plan:
-    """`ConfigError` for what can be known to be wrong before anything is loaded: the model's files,
-    unknown sets and keys, references, numbers of answers."""
+    """The checked plan of an evaluation. Raises ConfigError for any mistake that shows before
+    something is loaded: in the model's files, sets, keys, references, numbers of answers."""
     named = find_model(model, step)
     config = configure(named, data, overrides)
     check_model(config)
@@ -106,7 +106,7 @@ def plan(
 
 
 def _checked(name: str, settings: EvalSetConfig, config: Config) -> EvalSetConfig:
-    """The set with a verifier of its own, after a look at its first rows."""
+    """The set with its verifier filled in, its first rows checked. Raises ConfigError."""
     settings = settings.beside(config.data)
     try:
         if not is_table(settings):
@@ -133,7 +133,7 @@ def _checked(name: str, settings: EvalSetConfig, config: Config) -> EvalSetConfi
 
 
 def _identity(path: str) -> list[list[Any]] | str:
-    """Names, sizes and times of the weights; of the Hub the id."""
+    """[path, bytes, mtime in ns] of each weight file, or the id of a model on the Hub."""
     file = Path(path).expanduser()
     if not file.exists():
         return path
@@ -142,7 +142,7 @@ def _identity(path: str) -> list[list[Any]] | str:
 
 
 def _data_files(config: Config) -> list[Path]:
-    """Of all sets, as far as they are on this machine."""
+    """The data files of all sets, as far as they are on this machine."""
     used: list[DataConfig] = [each.beside(config.data) for each in config.eval.sets.values()]
     if config.eval.size != 0:
         used += [part for _, part in config.data.parts.values()]
@@ -165,8 +165,8 @@ def evaluate_command(
     ks: Sequence[int] = (),
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """Runs an evaluation, and where `against` is a model and not the folder of an evaluation that
-    one, too; returns the result as it stands in `result.json`."""
+    """Runs an evaluation, and one of `against` too if that is a model rather than the folder of an
+    evaluation; returns the content of `result.json`."""
     console = make_console()
     tell = partial(say, console)
     ours = plan(model, data, overrides, step=step, ks=ks)
@@ -192,7 +192,8 @@ def evaluate_command(
 
 
 def _evaluate(job: Plan, out: Path | None, tell: Callable[[str], None]) -> Path:
-    """The folder of an evaluation that is done."""
+    """Does what is left of an evaluation; returns its folder. Raises RuntimeError if no answer
+    could be graded."""
     config, started = job.config, time.time()
     folder = open_folder(out, job.named.label, job.settings)
     with ExitStack() as opened:
@@ -228,9 +229,9 @@ def _evaluate(job: Plan, out: Path | None, tell: Callable[[str], None]) -> Path:
                 stop_token_ids=stop_tokens(tokenizer, path),
             )
             _sample(config, path, reader, sets, left, store, tell)
-    found = outcomes_of(folder)
-    _finish(folder, _result(job, folder, sets, found, started))
-    if all(score is None for members in found.values() for o in members for score in o.scores):
+    cells = outcomes_of(folder)
+    _finish(folder, _result(job, folder, sets, cells, started))
+    if all(score is None for members in cells.values() for o in members for score in o.scores):
         why = read(folder, ("message",))["message"][0].as_py()
         raise RuntimeError(
             f"no answer has a verdict ({why}); {folder} has the answers; mend the verifier and give"
@@ -246,7 +247,7 @@ def _result(
     cells: dict[Cell, list[Outcome]],
     started: float,
 ) -> dict[str, Any]:
-    """Of an evaluation all of whose samples are in the folder."""
+    """The content of `result.json`, of an evaluation all of whose samples are in the folder."""
     for each in sets:
         cell = cells[each.name or OWN, None]
         assert len(cell) == len(each.prompts), f"{len(cell)} of {len(each.prompts)} problems"
@@ -289,7 +290,7 @@ def _sample(
     store: Store,
     tell: Callable[[str], None],
 ) -> None:
-    """Answers to all problems that are left, into the store."""
+    """Samples answers to the problems that are left, set by set, into the store."""
     base = Sampling(
         max_tokens=config.rollout.max_response_length,
         stop_token_ids=reader.stop_token_ids,

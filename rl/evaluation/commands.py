@@ -61,6 +61,7 @@ def evaluate(
     again after a kill it goes on where it was."""
     from ..local_ray import before_import
 
+    # the imports below load Ray, which reads its environment only then
     before_import(None)
     with telling_why("interrupted; the same command goes on"):
         from .command import evaluate_command

@@ -1,5 +1,5 @@
-"""Answers to a set of problems from the rollout engines, and from there answers whose thoughts are
-cut at budgets."""
+"""Sampling of a set's answers by the rollout engines, and of continuations of those whose thoughts
+are ended at a budget."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def sampled(
         job.outcome: (index, None) for index, job in enumerate(jobs)
     }
     pool.submit(jobs)
-    while pending:  # each request has a deadline of its own, and then an outcome
+    while pending:  # without a deadline here: the pool gives every job an outcome by its own
         done, _ = await asyncio.wait(pending, return_when="FIRST_COMPLETED")
         for outcome in done:
             (index, budget), decoded = pending.pop(outcome), outcome.result()
@@ -73,7 +73,8 @@ def _joined(
     kept: dict[Key, list[Completion]],
     begun: dict[Key, dict[int, Completion]],
 ) -> tuple[Completion, ...]:
-    """The group of one budget, in sample order."""
+    """The group of one budget, in sample order: answers that kept within it, and continuations of
+    the others. Removes the group from `kept` and `begun`."""
     before = begun.pop(key)
     cut = [replace(whole(c, before[c.sample]), prompt_id=prompt_id) for c in decoded]
     return tuple(sorted([*kept.pop(key), *cut], key=lambda completion: completion.sample))

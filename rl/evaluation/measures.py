@@ -1,4 +1,4 @@
-"""The numbers of an evaluation, from how the answers to each problem came out.
+"""The metrics of an evaluation, from the outcomes of the answers to each problem.
 
 pass@k is the unbiased estimate 1 - C(n - c, k) / C(n, k) of Chen et al. 2021 (arXiv 2107.03374,
 equation 1), of k answers drawn without replacement. best@k is verl's figure, of k drawn with
@@ -32,7 +32,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """How the n answers to one problem came out; aligned tuples."""
+    """The outcomes of the n answers to one problem: aligned tuples of length n."""
 
     problem: str
     """Its id."""
@@ -40,14 +40,14 @@ class Outcome:
     statuses: tuple[Status, ...]
     scores: tuple[float | None, ...]
     votes: tuple[int | None, ...]
-    """The answer that each is, by number: 0 the right one, whatever its wording; None has no
+    """The number of the answer that each gives: 0 is the right one, whatever its wording; None: no
     vote."""
     tokens: tuple[int, ...]
-    """Sampled ones."""
+    """Sampled tokens."""
     thoughts: tuple[int, ...]
-    """Of these, those of the thoughts; 0 where they are not told apart."""
+    """Those of them that are thoughts; 0 if they are not told apart."""
     cut: tuple[bool, ...]
-    """Whether the answer ended at the most tokens."""
+    """Whether the answer was truncated at the most tokens."""
     kind: str | None = None
 
     @property
@@ -104,8 +104,9 @@ def majority_at_k(votes: Sequence[int | None], k: int) -> float:
         for count in wrong:
             if count > 1:
                 ways = _with_others(ways, 1, count, a)
-        ways = _with_others(ways, wrong.count(1), 1, a)  # many answers stand alone
-        # of those without a vote any number
+        # answers with one vote are the many, so all of them are convolved at once
+        ways = _with_others(ways, wrong.count(1), 1, a)
+        # the rest of the k drawn have no vote
         total = (
             ways * np.array([comb(silent, k - a - drawn) for drawn in range(k - a + 1)])[:, None]
         )
@@ -114,8 +115,8 @@ def majority_at_k(votes: Sequence[int | None], k: int) -> float:
 
 
 def _with_others(ways: Floats, answers: int, count: int, a: int) -> Floats:
-    """The ways when votes for one more answer with `count` of them, or for some of so many answers
-    with one vote each, are drawn as well, none of them more than a times."""
+    """[drawn, tied] ways once further answers may be drawn too, none of them more than `a` times:
+    one answer with `count` votes, or `answers` answers with one vote each."""
     after = np.zeros_like(ways)
     most = min(count, a) if answers == 1 else answers
     for drawn in range(min(most, len(ways) - 1) + 1):
@@ -133,7 +134,7 @@ def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float] | No
     if len(sample) < 2:
         return None
     rng = np.random.default_rng(seed)
-    at_once = max(1, 2_000_000 // len(sample))
+    at_once = max(1, 2_000_000 // len(sample))  # resamples: their indices take 16 MB
     means = np.concatenate(
         [
             sample[
@@ -156,7 +157,7 @@ def sign_flip_p_value(differences: Sequence[int]) -> float:
     one.
     """
     sizes = [abs(int(d)) for d in differences if d]
-    unit = gcd(*sizes) or 1  # of many answers: a shorter distribution
+    unit = gcd(*sizes) or 1  # n answers of both models: multiples of n, a distribution 1/n as long
     sizes = [size // unit for size in sizes]
     if sum(sizes) * len(sizes) > _LONGEST_SUMS:
         drawn = np.random.default_rng(0).choice((-1, 1), (RESAMPLES, len(sizes))) @ sizes
@@ -186,10 +187,10 @@ class Comparison:
 
 
 def compare(ours: Sequence[Outcome], others: Sequence[Outcome]) -> Comparison:
-    """Of outcomes of the same problems in the same order."""
+    """The comparison of two models' outcomes, of the same problems in the same order."""
     pairs = list(zip(ours, others, strict=True))
     assert all(a.problem == b.problem for a, b in pairs)
-    # whole numbers of one denominator, whatever the numbers of answers are
+    # differences times a.n * b.n: the exact test needs whole numbers
     whole = [a.right * b.n - b.right * a.n for a, b in pairs]
     plain = [a.mean - b.mean for a, b in pairs]
     return Comparison(
@@ -208,8 +209,8 @@ def powers(n: int) -> list[int]:
 
 
 def metrics(outcomes: Sequence[Outcome], name: str = "") -> dict[str, float]:
-    """verl's names for what answers came to; an answer without a verdict counts as not correct and
-    is counted. name: of the whole set; without one they go by the problems' data sources."""
+    """The metrics of a set by verl's names. An answer without a verdict counts as not correct, and
+    in `verifier_errors`. name: of the whole set; without one, figures go by data source."""
     by_source: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         by_source[name or outcome.source].append(outcome)
@@ -242,7 +243,7 @@ def mean_tokens(outcomes: Sequence[Outcome]) -> float:
 
 
 def _of_source(source: str, members: Sequence[Outcome]) -> dict[str, float]:
-    """verl's figures of one data source, and pass@k, for 2, 4, ... and n."""
+    """verl's metrics of one data source, and pass@k, for k = 2, 4, ... and n."""
     n = members[0].n
     figures = {f"val-core/{source}/acc/mean@{n}": accuracy(members)}
     figures[f"val-aux/{source}/reward/mean@{n}"] = reward(members)
@@ -262,7 +263,7 @@ def _of_source(source: str, members: Sequence[Outcome]) -> dict[str, float]:
 
 
 def _by_kind(outcomes: Sequence[Outcome]) -> Mapping[str, float]:
-    """Problems that name a `kind` in their columns, kept apart."""
+    """Kind -> accuracy, of the problems that have a `kind` in their columns."""
     kinds: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         if outcome.kind is not None:

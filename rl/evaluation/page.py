@@ -1,5 +1,5 @@
-"""One HTML page of an evaluation: its figures, pictures and a browser of its samples, all in one
-file that loads nothing from elsewhere."""
+"""The HTML page of an evaluation: figures, pictures and a browser of its samples, in one file that
+loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .thinking import split
 
 PAGE = "report.html"
 MOST = 20_000
-"""Samples that a page holds; browsers grow slow beyond."""
+"""Most samples on a page; browsers grow slow beyond."""
 _COLUMNS = (
     *("set", "problem", "budget", "sample", "source", "question", "reference", "text", "tokens"),
     *("finish_reason", "status", "message", "answer"),
@@ -39,7 +39,7 @@ _SHOWN = {
 
 
 def write_page(folder: Path, result: Mapping[str, Any]) -> Path:
-    """Writes `report.html`."""
+    """Writes `report.html`; returns its path."""
     rows = read(folder, _COLUMNS).to_pylist()
     kept = _spread(rows)
     note = (
@@ -71,7 +71,7 @@ def write_page(folder: Path, result: Mapping[str, Any]) -> Path:
 
 
 def _spread(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-    """All rows of every m-th problem, so that there are not too many."""
+    """All rows of every m-th problem, with the least m that leaves about `MOST` rows."""
     if len(rows) <= MOST:
         return rows
     problems = list(dict.fromkeys((row["set"], row["problem"]) for row in rows))
@@ -105,7 +105,7 @@ def _data(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _thinking(folder: Path) -> dict[str, ThinkingConfig]:
-    """The tags of each set."""
+    """The settings of thoughts, with their tags, by set."""
     file = folder / SETTINGS
     if not file.is_file():
         return {}

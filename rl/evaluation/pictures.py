@@ -16,10 +16,10 @@ _COLOURS = ("#d94801", "#2171b5", "#31a354", "#756bb1", "#636363", "#dd1c77", "#
 
 @plain_words
 def draw(folder: Path, result: Mapping[str, Any]) -> list[Path]:
-    """Writes the pictures that the result has something for; returns them."""
+    """Writes the pictures for which the result has data; returns their paths."""
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # draws without a display
     from matplotlib import pyplot
 
     made = []
@@ -38,7 +38,7 @@ def draw(folder: Path, result: Mapping[str, Any]) -> list[Path]:
 
 
 def _accuracy(folder: Path, result: Mapping[str, Any], pyplot: Any) -> Any:
-    """mean@n of each set with its interval; beside it that of the other model."""
+    """mean@n of each set with its interval, and that of the other model."""
     rows = [row for row in result["sets"] if row["budget"] is None]
     figure, axes = pyplot.subplots(figsize=(7, 1.4 + 0.6 * len(rows)), layout="constrained")
     other = {
@@ -84,7 +84,8 @@ def _point(
 
 
 def _budget(folder: Path, result: Mapping[str, Any], pyplot: Any) -> Any:
-    """Accuracy against the thinking budget, and against the tokens that answers really took."""
+    """Accuracy against the thinking budget, and against the tokens that answers really took; None
+    without budgets."""
     names = [row["set"] for row in result["sets"] if row["budget"] is not None]
     if not names:
         return None
@@ -126,7 +127,7 @@ def _line(
 
 
 def _by_k(folder: Path, result: Mapping[str, Any], pyplot: Any) -> Any:
-    """pass@k and maj@k."""
+    """pass@k and maj@k against k; None if every problem has one answer."""
     rows = [row for row in result["sets"] if row["budget"] is None and row["n"] > 1]
     if not rows:
         return None
@@ -157,7 +158,7 @@ def _by_k(folder: Path, result: Mapping[str, Any], pyplot: Any) -> Any:
 
 
 def _lengths(folder: Path, result: Mapping[str, Any], pyplot: Any) -> Any:
-    """How long right and other answers are."""
+    """A histogram of the lengths, in tokens, of right and other answers."""
     table = read(folder, ("budget", "tokens", "status"))
     free = np.array([budget is None for budget in table["budget"].to_pylist()])
     tokens = table["tokens"].to_numpy()[free]

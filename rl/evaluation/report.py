@@ -19,11 +19,11 @@ from .store import Cell, outcomes_of, read
 
 Figures = dict[str, Any]
 _ACROSS = 4
-"""Sets that a terminal has room for side by side."""
+"""Most sets that fit side by side on a terminal."""
 
 
 def figures(outcomes: Sequence[Outcome], ks: Sequence[int]) -> Figures:
-    """Of the outcomes of one set at one budget; what is a mean over problems has its interval."""
+    """The figures of one set at one budget; means over problems come with their intervals."""
     n = outcomes[0].n
     figures_of_set: Figures = {"problems": len(outcomes), "n": n}
 
@@ -61,7 +61,7 @@ def by_source(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
 
 
 def sets_of(cells: Mapping[Cell, Sequence[Outcome]], ks: Sequence[int]) -> list[Figures]:
-    """A row of figures for each set and budget, with its sources where there are several."""
+    """A row of figures for each set and budget; with `sources` if there are several."""
     rows = []
     for (name, budget), outcomes in cells.items():
         row: Figures = {"set": name, "budget": budget} | figures(outcomes, ks)
@@ -75,7 +75,7 @@ def sets_of(cells: Mapping[Cell, Sequence[Outcome]], ks: Sequence[int]) -> list[
 def compare_folders(ours: Path, others: Path) -> list[dict[str, Any]]:
     """A comparison for each set and budget that both have, on the problems that both have.
 
-    `ConfigError` where they have none in common, or other questions under the same ids.
+    Raises ConfigError if they have none in common, or other questions under the same ids.
     """
     questions = [
         dict(zip(zip(t["set"].to_pylist(), t["problem"].to_pylist(), strict=True),
@@ -113,9 +113,9 @@ def compare_folders(ours: Path, others: Path) -> list[dict[str, Any]]:
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:
-    """The table and the comparisons, for a person."""
+    """Prints the table and the comparisons."""
     names, lines = table_of(result)
-    # a path may have what rich takes for its own marks
+    # escaped: rich would take brackets in a path for its markup
     table = Table(title=escape(result["model"]), title_justify="left")
     for place, name in enumerate(names):
         table.add_column(escape(name.strip()), justify="right" if place else "left", no_wrap=True)
@@ -127,8 +127,8 @@ def show(result: Mapping[str, Any], console: Console) -> None:
 
 
 def table_of(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The names of the columns, and a line for each set, budget and source; of few of these a line
-    for each figure."""
+    """The names of the columns, and a line for each set, budget and source; transposed if these are
+    few, into a line for each figure."""
     rows = [line for row in result["sets"] for line in _with_sources(row)]
     budgets = any(row["budget"] is not None for row in result["sets"])
     names = ["set", *(["budget"] if budgets else []), "problems"]
@@ -162,7 +162,7 @@ def _cell(row: Figures, name: str) -> str:
 
 
 def shown(figure: Mapping[str, Any]) -> str:
-    """e.g. `12.3% [10.1, 14.6]`."""
+    """A figure with its interval, e.g. `12.3% [10.1, 14.6]`."""
     text = f"{figure['value']:.1%}"
     if figure["interval"] is not None:
         low, high = figure["interval"]

@@ -1,4 +1,4 @@
-"""From sampled answers to the rows that an evaluation keeps of them."""
+"""The rows that an evaluation stores of its sampled answers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .thinking import Thoughts
 from .votes import by_reward, final_answer, outcomes
 
 _MOST_PENDING = 16
-"""Problems that wait for their verdicts, after which the oldest is waited for."""
+"""Problems that may wait for their verdicts before the oldest is awaited."""
 
 
 def counter_of(settings: ThinkingConfig, tokenizer: Any) -> Thoughts | None:
-    """The counter of thoughts' tokens; None where the tokens cannot be read as text."""
+    """The counter of thoughts' tokens; None if the tokenizer cannot spell the tags."""
     try:
         return Thoughts(settings, tokenizer)
     except ValueError:
@@ -30,7 +30,7 @@ def counter_of(settings: ThinkingConfig, tokenizer: Any) -> Thoughts | None:
 
 
 class Rows:
-    """The rows of a set's problems."""
+    """Makes the rows of one set's problems."""
 
     def __init__(
         self, name: str, problems: EvalSet, reader: AnswerReader, thoughts: Thoughts | None
@@ -44,7 +44,7 @@ class Rows:
     async def sampled(
         self, pool: RolloutPool, prompts: Sequence[Prompt], sampling: Sampling
     ) -> AsyncIterator[list[dict[str, Any]]]:
-        """All rows of a problem at a time, graded in threads while others are decoded."""
+        """Yields all rows of one problem at a time, graded in threads while others are decoded."""
         problems = self._problems
         budgets = 1 + len(problems.thinking.settings.budgets if problems.thinking else ())
         parts: dict[int, list[asyncio.Task[list[dict[str, Any]]]]] = {}

@@ -26,19 +26,19 @@ CONFIG = "config.yaml"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Named:
-    """The model that MODEL names."""
+    """The model that the argument MODEL stands for."""
 
     path: str
     """A directory, a GGUF file or a Hub id, as in `model.path`."""
     label: str
-    """Short, for folders and tables."""
+    """A short name for folders and tables."""
     run: Config | None = None
     """The configuration of the run that it comes from: its prompts have the same form."""
 
 
 def find_model(model: str, step: int | None = None) -> Named:
-    """The model of a name: of a run's directory its final model, or the newest checkpoint of one
-    that is not done, or that of an RL `step`. `ConfigError` where it has none."""
+    """The model of a name: of a run's directory its final model, the newest checkpoint if the run
+    is not done, or that of an RL `step`. Raises ConfigError if there is none."""
     folder = Path(model).expanduser()
     if (folder / SUMMARY).is_file() and (stages := _stages(folder)):
         raise ConfigError(
@@ -59,7 +59,7 @@ def find_model(model: str, step: int | None = None) -> Named:
             raise ConfigError(
                 f"--step {step}: {model} has no such checkpoint, only {', '.join(names) or 'none'}"
             )
-        # of an RL step before one of the cold start
+        # a cold start can have a checkpoint of the same step; the RL one is taken
         weights = folder / CHECKPOINTS / sorted(chosen, key=lambda name: name.startswith("sft"))[0]
     elif newest is not None and (weights is None or _older(weights, newest)):
         weights = newest
@@ -77,8 +77,8 @@ def _stages(folder: Path) -> list[str]:
 
 
 def _older(model: Path, checkpoint: Path) -> bool:
-    """Whether a run went on after its final model was written, a copy of what was its newest
-    checkpoint then, with that one's times."""
+    """Whether the checkpoint is of a later step than the final model, a copy of the newest
+    checkpoint of its time that kept that one's modification times."""
     ours, newest = model / "config.json", checkpoint / "config.json"
     return newest.is_file() and ours.stat().st_mtime < newest.stat().st_mtime
 
@@ -86,9 +86,9 @@ def _older(model: Path, checkpoint: Path) -> bool:
 def configure(
     model: Named, data: Sequence[str], overrides: Sequence[str], *, own_data: bool = True
 ) -> Config:
-    """The configuration of an evaluation on these sets; without any, of a run's own held-out
-    problems (`own_data`), for which keys of a set count, too. `ConfigError` for an unknown set or
-    key."""
+    """The configuration of an evaluation on these sets; without any, on a run's own held-out
+    problems (`own_data`), to which keys of a set apply too. Raises ConfigError for an unknown set
+    or key."""
     sets: dict[str, dict[str, Any]] = {}
     try:
         for text in data:
@@ -126,8 +126,9 @@ def configure(
 
 
 def _generated_as_in(run: Config | None, source: str) -> dict[str, Any]:
-    """What a run's own generated problems are like, for a set of the same source: in a mixture
-    those of that source, of levels the last, from which the held-out problems are."""
+    """The run's settings of generated problems, for a set of the same source: in a mixture those of
+    that source, of levels those of the last, which has the held-out problems. {} if the run has no
+    such source."""
     if run is None or not endless(source):
         return {}
     for _, part in run.data.parts.values():
@@ -137,7 +138,8 @@ def _generated_as_in(run: Config | None, source: str) -> dict[str, Any]:
 
 
 def _of_held_out(top: str, change: dict[str, Any], override: str) -> dict[str, Any]:
-    """A key of a set as the problems have it that a run holds out itself."""
+    """A key of a set as the key for a run's own held-out problems. Raises ConfigError if it has
+    none."""
     if top in EvalConfig.model_fields:
         return {"eval": change}
     if top in RolloutConfig.model_fields:
@@ -154,6 +156,7 @@ def _base(model: Named, sets: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     if model.run is not None:
         tree = model.run.model_dump(mode="json")
         tree["model"] |= {"path": model.path, "tiny": None, "lora": None}
+        # an evaluation has no learners to share devices with, and no versions to receive
         tree["cluster"]["colocated"] = False
         tree["schedule"]["passes"] = None
         tree["checkpoint"]["history"] = False

@@ -1,10 +1,9 @@
-"""The folder of an evaluation: its settings, every sample with its verdict, and what was made of
-them.
+"""The folder of an evaluation: its settings, every sample with its verdict, and the results.
 
     settings.json  samples/part-000000.parquet ...  result.json  report.html  *.png
 
 The answers to a problem, at all thinking budgets, are written together in one file that appears
-whole or not at all. So a killed evaluation has lost what it was about to write, and nothing is
+atomically. So a killed evaluation loses only the rows that it was about to write, and no row is
 written twice.
 """
 
@@ -26,8 +25,7 @@ from .measures import Outcome
 
 SETTINGS, RESULT, SAMPLES = "settings.json", "result.json", "samples"
 _ROWS, _SECONDS = 256, 10.0
-"""Rows of a file at most, but for its last problem, and how old they may get before it is
-written."""
+"""A file is written once it has so many rows, or once this much time has passed since the last."""
 
 SCHEMA = pa.schema(
     [
@@ -64,8 +62,8 @@ Cell = tuple[str, int | None]
 
 
 def is_evaluation(folder: Path) -> bool:
-    """Whether this is an evaluation's folder; a run's checkpoints have settings of that name,
-    too."""
+    """Whether this is an evaluation's folder; the settings alone do not tell, since a run's
+    checkpoints have a file of that name too."""
     return (folder / SETTINGS).is_file() and (folder / SAMPLES).is_dir()
 
 
@@ -83,12 +81,12 @@ class Store:
         self._next = max(names, default=-1) + 1
 
     def done(self) -> set[tuple[str, str]]:
-        """(set, problem) of all that is written."""
+        """(set, problem) of every problem whose rows are written."""
         table = read(self.folder, ("set", "problem"))
         return set(zip(table["set"].to_pylist(), table["problem"].to_pylist(), strict=True))
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """All rows of one problem."""
+        """Takes all rows of one problem; writes a file when it is due."""
         self._rows += rows
         if len(self._rows) >= _ROWS or time.monotonic() - self._since > _SECONDS:
             self.flush()
@@ -107,7 +105,7 @@ class Store:
 def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     try:
         return pa.Table.from_pylist(rows, schema=SCHEMA)
-    except UnicodeEncodeError:  # half a surrogate pair, of a data set or a verifier's message
+    except UnicodeEncodeError:  # half a surrogate pair, from a data set or a verifier's message
         return pa.Table.from_pylist(
             [{key: _whole(value) for key, value in row.items()} for row in rows], schema=SCHEMA
         )
@@ -120,7 +118,7 @@ def _whole(value: Any) -> Any:
 
 
 def read(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """All samples of an evaluation."""
+    """All samples of an evaluation as an Arrow table."""
     files = sorted((folder / SAMPLES).glob("part-*.parquet"))
     schema = SCHEMA if columns is None else pa.schema([SCHEMA.field(name) for name in columns])
     tables = [parquet.read_table(file, columns=list(schema.names)) for file in files]
@@ -128,13 +126,14 @@ def read(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def outcomes_of(folder: Path) -> dict[Cell, list[Outcome]]:
-    """How the answers came out, by set and budget, in the order of the problems' ids. An error
-    where a sample is missing or there twice."""
+    """The outcomes by set and budget, in the order of the problems' ids. Raises AssertionError if a
+    sample is missing or stored twice."""
     cells: dict[Cell, dict[str, list[dict[str, Any]]]] = {}
     for row in read(folder, _FIGURES).to_pylist():
         problems = cells.setdefault((row["set"], row["budget"]), {})
         problems.setdefault(row["problem"], []).append(row)
     by_cell: dict[Cell, list[Outcome]] = {}
+    # without a budget comes last
     for cell, problems in sorted(cells.items(), key=lambda c: (c[0][0], c[0][1] or 1 << 40)):
         by_cell[cell] = [_outcome(name, rows) for name, rows in sorted(problems.items())]
     return by_cell
@@ -158,9 +157,9 @@ def _outcome(problem: str, rows: list[dict[str, Any]]) -> Outcome:
 
 
 def open_folder(out: Path | None, label: str, settings: Mapping[str, Any]) -> Path:
-    """The folder of an evaluation with these settings: that of an earlier one goes on. Without
-    `out` it is the first of evals/LABEL, evals/LABEL-2, ... that has the same settings or is free.
-    `ConfigError` where `out` is another evaluation's."""
+    """The folder of an evaluation with these settings, which resumes an earlier one. Without `out`
+    it is the first of evals/LABEL, evals/LABEL-2, ... that has the same settings or is free. Raises
+    ConfigError if `out` belongs to another evaluation."""
     if out is not None:
         differing = _differing(out, settings)
         if differing:
@@ -186,7 +185,8 @@ def open_folder(out: Path | None, label: str, settings: Mapping[str, Any]) -> Pa
 
 
 def _differing(folder: Path, settings: Mapping[str, Any]) -> list[str]:
-    """The settings of the evaluation in a folder that are others; none where there is none."""
+    """A line for each setting in which the evaluation in a folder differs; none if the folder is
+    free."""
     file = folder / SETTINGS
     if not file.is_file():
         return ["it is no evaluation"] if folder.is_dir() and any(folder.iterdir()) else []
@@ -194,6 +194,6 @@ def _differing(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}: {json.dumps(before.get(key))[:100]}, now {json.dumps(settings.get(key))[:100]}"
         for key in sorted(before.keys() | settings.keys())
-        # what an older emberl did not write down cannot be compared
+        # older versions did not write `files`, so it cannot be compared with theirs
         if before.get(key) != settings.get(key) and (key in before or key != "files")
     ]

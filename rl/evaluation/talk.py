@@ -34,16 +34,17 @@ from .settings import configure, find_model
 from .thinking import Thoughts, in_mode, split
 
 Heard = Callable[[Sequence[int]], None]
-"""Is told of all tokens of an answer so far."""
+"""A callback that gets all tokens of an answer so far."""
 Message = dict[str, str]
 SET = "prompt"
-"""The name of a conversation's settings among the sets."""
+"""The name under which a conversation's settings stand in `eval.sets`."""
 
 VISIBLE = {
     **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},
     **dict.fromkeys(range(0x7F, 0xA0), 0xFFFD),
 }
-"""On a terminal, pictures of control characters: a model's answer is not to steer it."""
+"""Code point of a control character -> of a picture of it: a model's answer must not be able to
+control the terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +53,15 @@ class Part:
 
     thoughts: str
     text: str
-    """The answer behind them."""
+    """The answer after the thoughts."""
 
 
 class Talker:
     """A model that answers conversations."""
 
     def __init__(self, model: str, overrides: Sequence[str], tell: Callable[[str], None]) -> None:
-        """`ConfigError` for what can be known to be wrong before the model is loaded."""
+        """Checks the arguments and loads the model. Raises ConfigError for any mistake that shows
+        before it is loaded."""
         named = find_model(model)
         config = configure(named, [f"{SET}=arithmetic"], overrides)
         settings = config.eval.sets[SET].beside(config.data)
@@ -70,7 +72,7 @@ class Talker:
         check_model(config)
         with user_errors():
             check_engine(config.rollout.engine, config.rollout.engine_args)
-        self._made = TemporaryDirectory(prefix="emberl-")  # of a GGUF file
+        self._made = TemporaryDirectory(prefix="emberl-")  # for a GGUF file's converted weights
         path = prepare_model(config, Path(self._made.name), tell)
         tokenizer = load_tokenizer(path, settings)
         with user_errors():
@@ -88,13 +90,14 @@ class Talker:
         self.sampling = Sampling(stop_token_ids=stops, stop=config.rollout.stop, **own)
         self.n = self.settings.samples or config.eval.samples
         self.stop = threading.Event()
-        """Set by another thread or a signal, it ends what is being answered; only the embedded
-        engine looks at it."""
+        """Once set, by another thread or a signal, the current answers end; only the embedded
+        engine checks it."""
         self._loop = asyncio.new_event_loop()
         self._engine: Any = self._loop.run_until_complete(_started(config, path, longest, self.n))
 
     def prompt(self, messages: Sequence[Message], number: int = 0) -> Prompt:
-        """ValueError where the conversation is too long, or the template refuses it."""
+        """The prompt of a conversation. Raises ValueError if it is too long, or if the template
+        refuses it."""
         made = self._writer.conversation(
             messages, id=f"{SET}/{number}", answer="", source=SET, columns={}
         )
@@ -108,8 +111,8 @@ class Talker:
     def answers(
         self, prompts: Sequence[Prompt], n: int, heard: Heard | None = None
     ) -> list[list[Completion]]:
-        """n answers to each prompt, in order; once `stop` is set, as far as they are. heard: of a
-        single answer, where the engine streams."""
+        """n answers to each prompt, in order; unfinished ones once `stop` is set. heard: follows a
+        single answer, if the engine streams."""
         budget = next(iter(self.settings.thinking.budgets), None)
         limit = self.sampling.max_tokens if budget is None else budget
         first = replace(self.sampling, max_tokens=limit)
@@ -157,7 +160,7 @@ class Talker:
         return answered
 
     def read(self, prompt: Prompt, token_ids: Sequence[int], reason: Any = "abort") -> Part:
-        """The text of an answer, or of its beginning."""
+        """The text of an answer or of its beginning, its thoughts apart."""
         text = prompt.prefix + self._reader.said(token_ids, reason)
         opening = self.settings.thinking.open.strip()
         before = self._reader.tokenizer.decode(list(prompt.token_ids[-len(opening) - 1 :]))
@@ -198,7 +201,7 @@ async def _started(config: Config, path: str, longest: int, n: int) -> Any:
 def sample_command(
     model: str, prompts: Sequence[str], overrides: Sequence[str], console: Console, out: TextIO
 ) -> None:
-    """Prints answers: for a person where `out` is a terminal, else a line of JSON for each."""
+    """Prints answers: as text if `out` is a terminal, else as a line of JSON each."""
     lenient(sys.stdin, out)
     asked = [text for given in prompts for text in (_lines(sys.stdin) if given == "-" else [given])]
     if not asked:
@@ -243,8 +246,8 @@ def _show_sample(
 
 
 def chat_command(model: str, overrides: Sequence[str], console: Console) -> None:
-    """Talks with a person; from a pipe each line is a turn, answers go to stdout and thoughts to
-    stderr."""
+    """Holds a conversation on the terminal. From a pipe each line is a turn, answers go to stdout
+    and thoughts to stderr."""
     person = sys.stdin.isatty()
     lenient(sys.stdin, sys.stdout, sys.stderr)
     talker = Talker(model, overrides, lambda line: console.print(line, markup=False))
@@ -275,7 +278,8 @@ def chat_command(model: str, overrides: Sequence[str], console: Console) -> None
 
 
 def lenient(*streams: Any) -> None:
-    """Bytes that are no text in their encoding, and characters that it has not, are replaced."""
+    """Makes streams replace bytes that they cannot decode and characters that they cannot
+    encode."""
     for stream in streams:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -283,7 +287,7 @@ def lenient(*streams: Any) -> None:
 
 @contextmanager
 def ctrl_c_stops(talker: Talker) -> Iterator[None]:
-    """The first Ctrl-C ends the answer; the second whatever there is."""
+    """Within it, the first Ctrl-C ends the answer, and the second raises KeyboardInterrupt."""
 
     def ask(number: int, frame: FrameType | None) -> None:
         if talker.stop.is_set():
@@ -310,8 +314,8 @@ def _answer(talker: Talker, prompt: Prompt) -> Part:
 
 
 class _Voice:
-    """Prints an answer as it comes, its thoughts dim on stderr. What may still change is held back:
-    a character of which a token has only a part, and what may become the closing tag."""
+    """Prints an answer as it comes, its thoughts dim on stderr. Holds back text that may still
+    change: a character whose bytes are not complete, and the beginning of a closing tag."""
 
     def __init__(self, close: str) -> None:
         self._close = close

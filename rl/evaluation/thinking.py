@@ -1,4 +1,4 @@
-"""Control of a model's thoughts: with or without them, and ended by force at a budget of tokens."""
+"""Control of a model's thoughts: on or off, and ended by force at a budget of tokens."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..config.data import DataConfig
 from ..config.sampling import ThinkingConfig
 
 VARIABLES = ("enable_thinking", "thinking")
-"""The switch's name in chat templates: the first of Qwen3, GLM and SmolLM3, the second of
-DeepSeek."""
+"""Names of the switch in chat templates: the first in those of Qwen3, GLM and SmolLM3, the second
+in DeepSeek's."""
 D = TypeVar("D", bound=DataConfig)
 
 
 def in_mode(settings: D, thinking: ThinkingConfig, template: str | None) -> D:
-    """The prompts' settings in a slow or a fast mode. ValueError where they say how answers begin
-    themselves."""
+    """The prompts' settings with `thinking.mode` applied. Raises ValueError if that needs a
+    beginning of the answers, and the settings have one already."""
     if thinking.mode == "template":
         return settings
     slow = thinking.mode == "slow"
@@ -41,32 +41,32 @@ def in_mode(settings: D, thinking: ThinkingConfig, template: str | None) -> D:
 
 
 class Thoughts:
-    """Where thoughts begin and end in the tokens of answers, and answers whose thoughts are cut.
+    """Measures the thoughts in the tokens of answers, and ends them at a budget.
 
     Tokens count one by one, as the engine drew them: a thought of 64 tokens has its closing tag
     among them, and one that is cut at 64 is the first 64 tokens and then `ending`.
     """
 
     def __init__(self, settings: ThinkingConfig, tokenizer: Any) -> None:
-        """ValueError where the tokenizer cannot spell the tags."""
+        """Raises ValueError if the tokenizer cannot spell the tags."""
         self.settings = settings
         self._tokenizer = tokenizer
         self._close = StopMatcher((settings.close,), token_bytes(tokenizer))
         text = settings.close if settings.ending is None else settings.ending
         try:
             self.ending: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        except Exception as error:  # tokenizers raises nothing more precise, for any text
+        except Exception as error:  # tokenizers raises plain Exception
             raise ValueError(
                 f"thinking.ending={text!r} cannot be tokenised ({error}); set another"
             ) from error
 
     def length(self, prompt: Prompt, token_ids: Sequence[int]) -> int:
-        """Tokens of the thoughts at the beginning of an answer, the closing tag among them; all
-        where nothing closes them, 0 where nothing opens them."""
+        """Tokens of the thoughts at the beginning of an answer, closing tag included: all tokens if
+        they are not closed, 0 if they are not opened."""
         return self._measured(prompt, token_ids)[0]
 
     def _measured(self, prompt: Prompt, token_ids: Sequence[int]) -> tuple[int, bool]:
-        """Their length, and whether nothing closes them."""
+        """(`length`, whether the thoughts are still open at the end of the answer)."""
         if not self._opened(prompt, token_ids):
             return 0, False
         tail = b""
@@ -86,8 +86,8 @@ class Thoughts:
         return bool(begin.lstrip().startswith(opening) or before.rstrip().endswith(opening))
 
     def cut(self, prompt: Prompt, whole: Completion, budget: int) -> Completion | None:
-        """The answer with its thoughts ended at `budget` tokens, for an engine to go on from; None
-        where they are no longer than that, and would not have gone on."""
+        """The answer with its thoughts ended at `budget` tokens, for an engine to continue; None if
+        they end within the budget by themselves."""
         length, still_open = self._measured(prompt, whole.token_ids.tolist())
         goes_on = length == budget and still_open and whole.finish_reason == "length"
         if length <= budget and not goes_on:

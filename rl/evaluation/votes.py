@@ -1,8 +1,8 @@
-"""Which answers to a problem are one answer: the votes of a majority.
+"""Votes for maj@k: answers to a problem grouped by what they say.
 
-All correct answers are one, whatever their wording. Others are one where the final answers that the
-verifier reads in them are the same text, or where the reward takes one for the other. An answer
-without a verdict, or without anything to parse, does not vote.
+All correct answers count as one, whatever their wording. Wrong ones count as one if the final
+answers that the verifier reads in them are the same text, or if the reward accepts one for the
+other. An answer without a verdict, or without anything to parse, does not vote.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .measures import Outcome
 Pair = tuple[Group, str, str]
 """A problem, and two final answers to it."""
 Same = Callable[[Sequence[Pair]], Sequence[bool]]
-"""Whether each pair is the same answer in other words."""
+"""A function that returns, for each pair, whether it is the same answer in other words."""
 MOST_PAIRS = 28
 """Pairs of wrong answers to one problem that a reward is asked about: all of 8 different ones."""
 _LONGEST_ANSWER = 200
@@ -36,8 +36,8 @@ def outcomes(
     *,
     any_k: bool = False,
 ) -> list[Outcome]:
-    """How the answers to each problem came out. `same` is asked where a majority of all answers, or
-    with `any_k` of some, depends on whether wrong answers are one."""
+    """The outcomes of each problem's answers. `same` is called only if the majority of all answers,
+    or with `any_k` of some of them, depends on whether wrong answers are the same."""
     if len(groups[0].completions) == 1:
         same = None  # one answer is its own majority
     numbers = vote_numbers(groups, texts, same, any_k=any_k)
@@ -64,7 +64,7 @@ def vote_numbers(
     *,
     any_k: bool = False,
 ) -> list[list[int | None]]:
-    """Of each group, which answer each of its completions is, as `Outcome.votes` has it."""
+    """The votes of each group's completions, as in `Outcome.votes`."""
     answers: list[list[str | None]] = []
     asked: list[tuple[int, str, str]] = []
     for i, (group, said) in enumerate(zip(groups, texts, strict=True)):
@@ -81,7 +81,7 @@ def vote_numbers(
             for answer, v in zip(numbers, group.verdicts, strict=True)
             if answer is not None and v.status is not Status.CORRECT
         )
-        # only then may it matter which of the wrong ones are the same
+        # else the right answer has lost or won the majority however the wrong ones are grouped
         if same is not None and right > 0 and (any_k or right <= sum(wrong.values())):
             names = [name for name, _ in wrong.most_common()]
             pairs = [(a, b) for j, b in enumerate(names) for a in names[:j]]
@@ -100,7 +100,7 @@ def vote_numbers(
 
 
 def _leader(leaders: dict[str, str], answer: str) -> str:
-    """The answer that stands for this one and all that are the same."""
+    """The representative of an answer's class (union-find)."""
     while answer in leaders:
         answer = leaders[answer]
     return answer
@@ -122,9 +122,9 @@ def _numbered(
 
 
 def by_reward(suite: RewardSuite) -> Same:
-    """Two answers are the same where the reward marks either correct with the other as its
-    reference, and each of them with itself: one that cannot be a reference (a program, a piece of
-    prose) is compared by its text alone."""
+    """A `Same` by the reward: two answers are the same if either is correct with the other as its
+    reference, and each with itself. The latter leaves answers that cannot be a reference (a
+    program, a piece of prose) to the comparison of texts."""
 
     def same(pairs: Sequence[Pair]) -> list[bool]:
         directions = [[(g, a, b), (g, b, a), (g, a, a), (g, b, b)] for g, a, b in pairs]
@@ -148,9 +148,9 @@ def _as_input(group: Group, answer: str, reference: str) -> RewardInput:
 
 
 def final_answer(text: str) -> str:
-    """Answers as a majority compares them first: the final answers that the math verifier reads in
-    a text, or else the last number of a sentence, or all of what follows the thoughts; without
-    dollar signs, spaces and a full stop."""
+    """The normalised final answer by which votes are compared first: the final answers that the
+    math verifier reads in a text, or else the last number of a sentence, or all that follows the
+    thoughts; without dollar signs, spaces and a full stop, at most `_LONGEST_ANSWER` characters."""
     said = ", ".join(extract(text).candidates)
     if not said:
         said = (final_text(text) or "").strip()

@@ -1,7 +1,7 @@
 """Signs that a run does not learn: one line each, with the likely cause and the fix, once a run.
 
-A sign must hold for `tracking.warn_after` steps in a row, those left out in which its figure is not
-known; one that held in every step of a shorter run is said at its end.
+A sign must hold for `tracking.warn_after` steps in a row, not counting those in which its metric is
+not known; one that held in every step of a shorter run is reported at its end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SOLVED = 0.9
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Alarm:
-    """What is said, e.g.
+    """A warning for a person, e.g.
     `Alarm(title="no update", text="no weight has moved in 5 steps (1 to 5): ...")`."""
 
     title: str
@@ -31,35 +31,35 @@ class Alarm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sign:
-    """One way in which a run does not learn."""
+    """A symptom of a run that does not learn, as a predicate on a step's metrics."""
 
     title: str
     shows: Callable[[Metrics], bool | None]
-    """Whether a step's metrics have it; None where they do not tell."""
+    """Whether a step's metrics show it; None if they do not tell."""
     cause: Callable[[Metrics], str]
-    """What it means and what may be done, from the last step's metrics."""
+    """The likely cause and the fix, from the last step's metrics."""
     at_once: bool = False
-    """Whether a single step says it."""
+    """Whether a single step is enough."""
 
 
 class Alarms:
-    """Sees the metrics of each step in turn."""
+    """Checks all signs against the metrics of each step in turn; reports each sign once."""
 
     def __init__(self, config: Config, entropy_start: float | None = None) -> None:
         """entropy_start: as `self.entropy_start` was in the run's earlier attempt."""
         self.entropy_start = entropy_start
-        """Nats a token in the first step that trained: what a collapse is measured by."""
+        """Nats a token in the first step that trained: the reference for a collapse."""
         self._signs = signs(config)
         self._patience = config.tracking.warn_after
         self._seen: dict[str, list[int]] = {sign.title: [] for sign in self._signs}
-        """The steps in a row that have each sign."""
+        """By sign, the current row of steps that show it."""
         self._told: dict[str, int] = {sign.title: 0 for sign in self._signs}
-        """Of all steps, those that told."""
+        """By sign, the number of steps whose metrics told."""
         self._said: set[str] = set()
         self._last: Metrics = {}
 
     def after(self, step: int, metrics: Metrics) -> list[Alarm]:
-        """The signs that have now held for long enough, and were not said before."""
+        """Alarms for the signs that have now held for long enough, and were not reported before."""
         entropy = metrics.get(ENTROPY)
         if self.entropy_start is None and entropy and math.isfinite(entropy):
             self.entropy_start = entropy
@@ -75,11 +75,11 @@ class Alarms:
         return self._say(lambda sign, seen, told: seen >= self._patience or sign.at_once)
 
     def at_end(self) -> list[Alarm]:
-        """The signs that held in every step of a run that was too short for `after`."""
+        """Alarms for the signs that held in every step of a run too short for `after`."""
         return self._say(lambda sign, seen, told: seen == told < self._patience)
 
     def _say(self, holds: Callable[[Sign, int, int], bool]) -> list[Alarm]:
-        found = [
+        due = [
             sign
             for sign in self._signs
             if self._patience
@@ -87,8 +87,8 @@ class Alarms:
             and sign.title not in self._said
             and holds(sign, len(self._seen[sign.title]), self._told[sign.title])
         ]
-        self._said |= {sign.title for sign in found}
-        return [Alarm(title=sign.title, text=self._text(sign)) for sign in found]
+        self._said |= {sign.title for sign in due}
+        return [Alarm(title=sign.title, text=self._text(sign)) for sign in due]
 
     def _text(self, sign: Sign) -> str:
         first, last = self._seen[sign.title][0], self._seen[sign.title][-1]
@@ -97,32 +97,32 @@ class Alarms:
 
 
 def failures(step: int, metrics: Metrics) -> list[Alarm]:
-    """What went wrong in a step and was made good or left out: said each time."""
-    found = []
+    """Alarms for failures in a step that were repaired or left out; reported every time."""
+    alarms = []
     if count := metrics.get("sync/digest_failures", 0):
         text = (
             f"step {step}: {count:.0f} times weights came, or lay in an engine's memory, that were"
             " not the learners' bit for bit; they were sent again: look at the network and at"
             " memory errors"
         )
-        found.append(Alarm(title="digest failures", text=text))
+        alarms.append(Alarm(title="digest failures", text=text))
     if count := metrics.get("sync/reloads", 0):
         text = (
             f"step {step}: {count:.0f} engines gave other log-probs than the learners, though their"
             " digests were right, and loaded all weights once more: they had multiplied by a copy"
         )
-        found.append(Alarm(title="probe failures", text=text))
+        alarms.append(Alarm(title="probe failures", text=text))
     if count := metrics.get("training/verifier_errors", 0):
         text = (
             f"step {step}: {count:.0f} answers have no verdict because their grader failed; they do"
             " not train: `status` verifier_error in rollouts/ has the messages"
         )
-        found.append(Alarm(title="verifier errors", text=text))
-    return found
+        alarms.append(Alarm(title="verifier errors", text=text))
+    return alarms
 
 
 def signs(config: Config) -> list[Sign]:
-    """What is looked for in a run of this configuration."""
+    """The signs that are checked in a run of this configuration."""
     return [
         *_signs_of_answers(config.rollout.max_response_length),
         *_signs_of_updates(config.tracking.entropy_floor),
@@ -130,7 +130,7 @@ def signs(config: Config) -> list[Sign]:
 
 
 def _signs_of_answers(longest: int) -> list[Sign]:
-    """Of rewards, and of what was sampled."""
+    """Signs in the rewards and in the sampled answers."""
     return [
         Sign(
             title="reward stuck at 0", shows=_all_zero, cause=lambda m: _cause_of_zero(m, longest)
@@ -165,7 +165,7 @@ def _signs_of_answers(longest: int) -> list[Sign]:
 
 
 def _signs_of_updates(floor: float) -> list[Sign]:
-    """Of the policy and its gradients."""
+    """Signs in the policy and its gradients."""
     return [
         Sign(
             title="entropy collapsed",
@@ -212,8 +212,8 @@ def _signs_of_updates(floor: float) -> list[Sign]:
 
 
 def _collapsed(metrics: Metrics, floor: float) -> bool | None:
-    """A policy that has solved its problems has no need to explore, and a step without an update
-    does not tell."""
+    """Whether the entropy has collapsed: False for a policy that has solved its problems, which
+    need not explore; None for a step without an update."""
     if ENTROPY_LEFT not in metrics:
         return None
     return metrics[ENTROPY_LEFT] < floor and metrics.get("training/accuracy", 0.0) < SOLVED
@@ -231,7 +231,7 @@ def _all_zero(metrics: Metrics) -> bool:
 
 
 def _no_update(metrics: Metrics) -> bool:
-    """While the critic warms up no update is expected."""
+    """Whether the step made no update of the policy; False while the critic warms up."""
     return metrics.get("training/updates", 0.0) == 0 and "critic/vf_loss" not in metrics
 
 

@@ -37,11 +37,11 @@ def device(
     from .bench_device import QUICK, measure, write
 
     try:
-        found = measure(name, QUICK if quick else None, model)
-        print(write(found, json_file))
+        results = measure(name, QUICK if quick else None, model)
+        print(write(results, json_file))
     except (ValueError, OSError) as error:
         fail(str(error), USAGE)
     if failed := [
-        part for part, value in found.items() if isinstance(value, dict) and "error" in value
+        part for part, value in results.items() if isinstance(value, dict) and "error" in value
     ]:
-        raise typer.Exit(FAILED if failed != ["collective"] or found["count"] > 1 else 0)
+        raise typer.Exit(FAILED if failed != ["collective"] or results["count"] > 1 else 0)

@@ -1,5 +1,5 @@
-"""`emberl bench device`: what this machine's device, its link to the host and its collectives do,
-as one JSON file.
+"""`emberl bench device`: the speed of this machine's device, of its link to the host and of its
+collectives, as one JSON file.
 
     {"bench": "device", "device": "Ascend910B3", "count": 8, "versions": {...},
      "gemm": {"bfloat16 4096": FLOP/s, ...}, "memory": {"copy": bytes/s},
@@ -50,7 +50,7 @@ MEBI = 1 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """How much is moved and multiplied."""
+    """Sizes and counts of the measurements."""
 
     gemm: tuple[int, ...] = (2048, 4096, 8192)
     moved: int = 512 * MEBI
@@ -58,7 +58,7 @@ class Sizes:
     reduced: int = 256 * MEBI
     """Bytes of a collective's tensor."""
     elements: int = 4 * MEBI
-    """Of a scatter, among sixteen times as many."""
+    """Elements of a scatter, among sixteen times as many."""
     running: tuple[int, ...] = (1, 8, 32, 128)
     context: tuple[int, ...] = (64, 512)
     steps: int = 32
@@ -72,13 +72,13 @@ QUICK = Sizes(
     gemm=(256, 512), moved=16 * MEBI, reduced=4 * MEBI, elements=MEBI // 4, running=(1, 4),
     context=(16, 48), steps=8, rounds=3,
 )  # fmt: skip
-"""For a machine without accelerator, and for a look whether all parts run."""
+"""Small sizes, for a machine without accelerator, and for a trial whether all parts run."""
 
 
 def measure(
     device: str = "auto", sizes: Sizes | None = None, model: str | None = None
 ) -> dict[str, Any]:
-    """All parts. model: a local directory for decoding; None: a tiny one of this machine's own."""
+    """Runs all parts; results by part. model: a local directory; None: a tiny model made here."""
     target = platform.named(device)
     sizes = sizes or (QUICK if target.is_cpu else Sizes())
     where = platform.device_of_process(target)
@@ -91,7 +91,7 @@ def measure(
         "decode": lambda: decode(target, where, sizes, model),
         "commit": lambda: commit(target, where, sizes),
     }
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "bench": "device",
         "device": platform.device_name(target) or python_platform.processor() or "CPU",
         "platform": target.device,
@@ -101,10 +101,10 @@ def measure(
     }
     for name, part in parts.items():
         try:
-            found[name] = part()
+            results[name] = part()
         except Exception as error:  # a broken part must not cost the figures of the others
-            found[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
-    return found
+            results[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+    return results
 
 
 def _version(package: str) -> str | None:
@@ -117,21 +117,26 @@ def _version(package: str) -> str | None:
 def gemm(
     target: Platform, where: torch.device, sizes: Sizes, dtypes: tuple[torch.dtype, ...] = ()
 ) -> dict[str, Any]:
-    """FLOP/s of square products, by dtype and size. dtypes: by default those that run fast."""
+    """FLOP/s of square matrix products, by dtype and size, e.g. `bfloat16 4096`. dtypes: by default
+    those that the device multiplies fast."""
     if not dtypes:
         wide = target.is_cpu and not platform.supports_bf16(target)
         dtypes = (torch.float32,) if wide else (torch.float32, torch.bfloat16)
-    found = {}
+    rates = {}
     for dtype in dtypes:
         for n in sizes.gemm:
             a, b = (torch.randn(n, n, device=where).to(dtype) for _ in range(2))
-            taken = seconds(lambda a=a, b=b: a @ b, waiting(target), sizes.rounds)  # type: ignore[misc]
-            found[f"{str(dtype).removeprefix('torch.')} {n}"] = 2 * n**3 / taken
-    return found
+            taken = seconds(
+                lambda a=a, b=b: a @ b,  # type: ignore[misc]
+                waiting(target),
+                sizes.rounds,
+            )
+            rates[f"{str(dtype).removeprefix('torch.')} {n}"] = 2 * n**3 / taken
+    return rates
 
 
 def memory(target: Platform, where: torch.device, sizes: Sizes) -> dict[str, Any]:
-    """Bytes read and written a second by a copy within the device."""
+    """Bytes a second, read plus written, of a copy within the device."""
     a = torch.ones(sizes.moved, dtype=torch.uint8, device=where)
     b = torch.empty_like(a)
     taken = seconds(lambda: b.copy_(a), waiting(target), sizes.rounds)
@@ -151,8 +156,9 @@ def link(target: Platform, where: torch.device, sizes: Sizes) -> dict[str, Any]:
 
 
 def commit(target: Platform, where: torch.device, sizes: Sizes) -> dict[str, Any]:
-    """What an engine's standing still is made of: a copy from pageable host memory, a digest on one
-    core, and elements that are compared, written one by one and read back on the device."""
+    """Rates of the steps during which an engine pauses for an update: a copy from pageable host
+    memory and a digest on one core (bytes/s), and a compare-and-scatter on the device
+    (elements/s)."""
     wait = waiting(target)
     host = torch.ones(sizes.moved, dtype=torch.uint8)
     there = torch.empty(sizes.moved, dtype=torch.uint8, device=where)
@@ -177,8 +183,8 @@ def commit(target: Platform, where: torch.device, sizes: Sizes) -> dict[str, Any
 
 
 def collective(target: Platform, ranks: int, sizes: Sizes) -> dict[str, Any]:
-    """Bytes a second of a tensor that all ranks sum, and of one that all get: one process for each
-    device, two on a CPU. What has not answered by the deadline is ended, and said."""
+    """Bytes a second of an all-reduce and of a broadcast, with one process for each device, two on
+    a CPU; or an `error`. Processes that have not answered by the deadline are killed."""
     if ranks < 2:
         return {"ranks": ranks, "error": "one device: nothing to exchange"}
     with socket.socket() as probe:
@@ -199,20 +205,20 @@ def collective(target: Platform, ranks: int, sizes: Sizes) -> dict[str, Any]:
     ]
     try:
         out, _ = workers[0].communicate(timeout=sizes.deadline)
-        found = json.loads(out) if workers[0].returncode == 0 else {}
+        answer = json.loads(out) if workers[0].returncode == 0 else {}
     except subprocess.TimeoutExpired:
-        found = {"error": f"no answer in {sizes.deadline:g} s from {ranks} ranks"}
+        answer = {"error": f"no answer in {sizes.deadline:g} s from {ranks} ranks"}
     why = _ended(workers)
     return {
         "ranks": ranks,
         "bytes": sizes.reduced,
-        **(found if "all_reduce" in found else why or found),
+        **(answer if "all_reduce" in answer else why or answer),
     }
 
 
 def _ended(workers: list[subprocess.Popen[str]]) -> dict[str, Any]:
-    """Ends what still runs. Where ranks had ended by errors of their own, the first one's, which
-    the others may only have waited for."""
+    """Kills the ranks that still run. Returns the error of the first rank that had failed by
+    itself, since the others may only have waited for it; {} if none had."""
     failed = [rank for rank, worker in enumerate(workers) if worker.poll() not in (None, 0)]
     said = []
     for worker in workers:
@@ -226,8 +232,7 @@ def _ended(workers: list[subprocess.Popen[str]]) -> dict[str, Any]:
 def decode(
     target: Platform, where: torch.device, sizes: Sizes, model: str | None
 ) -> dict[str, Any]:
-    """Seconds of a decode step of the embedded engine, by running answers and tokens before
-    them."""
+    """Seconds of a decode step: `seconds[i][j]` with `running[i]` answers, `context[j]` tokens."""
     from ...rollout.embedded.engine import EmbeddedEngine
     from ...rollout.samples import Prompt, Sampling
 
@@ -255,9 +260,10 @@ def decode(
                     engine.run()
                     return time.perf_counter() - start
 
-                run(sizes.steps)  # what is compiled or looked up the first time does not count
-                # the prompt's own pass is in both
+                run(sizes.steps)  # the first run also compiles and fills caches
+                # the prefill is in both, so their difference is of decoding alone
                 whole, one = (min(run(n) for _ in range(sizes.rounds)) for n in (sizes.steps, 1))
+                # timing noise could make the difference 0 or less
                 row.append(max(whole - one, 1e-6) / (sizes.steps - 1))
             table.append(row)
     return {
@@ -273,9 +279,9 @@ def _tiny(folder: str) -> str:
     return str(make_tiny(folder, TinyConfig(), seed=0))
 
 
-def write(found: dict[str, Any], path: Path | None) -> str:
-    """The JSON text, also in a file where one is named."""
-    text = json.dumps(found, indent=1)
+def write(results: dict[str, Any], path: Path | None) -> str:
+    """The results as JSON text, also written to `path` if there is one."""
+    text = json.dumps(results, indent=1)
     if path is not None:
         path.write_text(text + "\n")
     return text

@@ -17,7 +17,7 @@ from .bench_timing import seconds, waiting
 def exchange(
     device: str, rank: int, ranks: int, port: int, size: int, rounds: int, deadline: float
 ) -> dict[str, object]:
-    """Bytes a second of a tensor that all sum, and of one that all get."""
+    """Bytes a second of an all-reduce and a broadcast; `error` if the sum is wrong."""
     target = platform.named(device)
     platform.set_threads(1)
     where = platform.device_of_process(target, 0 if target.is_cpu else rank)
@@ -42,6 +42,6 @@ def exchange(
 if __name__ == "__main__":
     name, *numbers, last = sys.argv[1:]
     rank, ranks, port, size, rounds = map(int, numbers)
-    found = exchange(name, rank, ranks, port, size, rounds, float(last))
+    rates = exchange(name, rank, ranks, port, size, rounds, float(last))
     if rank == 0:
-        print(json.dumps(found), flush=True)
+        print(json.dumps(rates), flush=True)

@@ -1,4 +1,4 @@
-"""How `emberl bench` takes times."""
+"""Timing for `emberl bench`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from ...kernels.platform import Platform
 
 
 def seconds(run: Callable[[], object], wait: Callable[[], object], rounds: int) -> float:
-    """The median of `rounds` runs after one that does not count, each until the device has done
-    it."""
+    """The median seconds of `rounds` runs after a warm-up, each until the device is done."""
     taken = []
     for _ in range(rounds + 1):
         wait()
@@ -25,5 +24,5 @@ def seconds(run: Callable[[], object], wait: Callable[[], object], rounds: int) 
 
 
 def waiting(target: Platform) -> Callable[[], object]:
-    """What returns once the device has done all that it was given."""
+    """A function that blocks until the device is idle; on a CPU it returns at once."""
     return (lambda: None) if target.is_cpu else torch.accelerator.synchronize

@@ -1,5 +1,5 @@
-"""What a person sees of a run that is under way: on a terminal a live panel, elsewhere lines with
-the time, at least one a minute while there is something to say."""
+"""The console output of a run: on a terminal a live panel, elsewhere lines with the time, at least
+one a minute as long as steps end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..config.masking import hidden
 LINE_SECONDS = 60.0
 """Off a terminal a line is printed at least so often, at the end of a step."""
 WIDTH = 200
-"""Columns off a terminal, of which a log has as many as it likes."""
+"""Columns off a terminal, where lines may be long."""
 ACROSS = 4
 """Figures side by side on a terminal."""
 FIGURES = {
@@ -43,13 +43,13 @@ FIGURES = {
     "verifier errors": ("training/verifier_errors", ".0f"),
     "loss": ("sft/loss", ".3f"),
 }
-"""What a person watches: a name, the metric, and how it is written."""
+"""Name on the console -> the metric and its format."""
 ON_A_LINE = ("reward", "accuracy", "length", "entropy", "tokens/s", "loss")
-"""Of these, what a line off a terminal has."""
+"""Those of them on a line off a terminal."""
 
 
 def figures(metrics: Mapping[str, float]) -> dict[str, str]:
-    """Those of a step that it has, as text."""
+    """The `FIGURES` of a step as text; those that it has."""
     shown = {
         name: format(metrics[metric], how)
         for name, (metric, how) in FIGURES.items()
@@ -64,8 +64,11 @@ class StageConsole:
     """One stage of a run on the console."""
 
     def __init__(self, console: Console, stage: str, step: int, steps: int) -> None:
-        self._console, self._stage, self._steps = console, stage, steps
-        self._first_step, self._last_line = step, -1
+        self._console = console
+        self._stage = stage
+        self._steps = steps
+        self._first_step = step
+        self._last_line = -1
         self._begun = self._line_time = time.monotonic()
         self._shown: dict[str, str] = {}
         self._held_out = self._doing = self._warning = ""
@@ -98,14 +101,15 @@ class StageConsole:
             self._live.update(self._panel())
         elif self._due(step):
             few = {name: value for name, value in shown.items() if name in ON_A_LINE}
-            self._last_line, self._line_time = step, time.monotonic()
+            self._last_line = step
+            self._line_time = time.monotonic()
             self._line(step, few or shown, self._remaining(step))
 
     def looked(self, step: int, shown: Mapping[str, str]) -> None:
         """An evaluation is done."""
         self._held_out = "  ".join(f"{name} {value}" for name, value in shown.items())
         self._line_time = time.monotonic()
-        if not self._shown:  # before the first step: that was no step's time
+        if not self._shown:  # before the first step: its time is not the steps'
             self._begun = self._line_time
         self._line(step, shown)
         self._refresh()
@@ -142,8 +146,7 @@ class StageConsole:
         )
 
     def _due(self, step: int) -> bool:
-        """Whether a step is worth a line: the first, the last, every tenth part and every
-        minute."""
+        """Whether a step gets a line: the first, the last, every tenth part, every minute."""
         return (
             self._last_line < 0
             or step - self._last_line >= max(1, self._steps // 10)
@@ -152,7 +155,7 @@ class StageConsole:
         )
 
     def _remaining(self, step: int) -> str:
-        """Seconds a step so far, and the time to the end by them; nothing at the end."""
+        """`  SECONDS s/step  TIME left` by the mean of the steps so far; "" if unknown or done."""
         done, left = step - self._first_step, self._steps - step
         if done <= 0 or left <= 0:
             return ""
@@ -163,8 +166,7 @@ class StageConsole:
 def panel(
     head: RenderableType, shown: Mapping[str, str], said: Mapping[str, str], warning: str
 ) -> RenderableType:
-    """Figures in columns under a head, then lines of what is said where there is any; all foreign
-    text without markup."""
+    """A head, figures in columns, then a line for each text and the warning; nothing is markup."""
     table = Table.grid(padding=(0, 3))
     cells = [Text.assemble((f"{name} ", "dim"), value) for name, value in shown.items()]
     for at in range(0, len(cells), ACROSS):
@@ -176,18 +178,17 @@ def panel(
 
 
 def plain(text: str) -> str:
-    """Foreign text for a terminal: what would steer it, or change the direction of letters, is
-    shown as U+FFFD."""
+    """Foreign text with U+FFFD for control characters and those that change the direction."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def say(console: Console, text: str) -> None:
-    """A line for a person, in which foreign text steers nothing and secrets are masked."""
+    """Prints a line, with secrets masked and without control characters."""
     console.print(plain(hidden(text)), highlight=False, markup=False)
 
 
 def make_console() -> Console:
-    """The console for people is stderr: stdout is kept for the one JSON line."""
+    """The console for people, on stderr: stdout is kept for the one JSON line."""
     terminal = sys.stderr.isatty()
     return Console(
         stderr=True,

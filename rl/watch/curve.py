@@ -1,4 +1,4 @@
-"""The learning curve: one picture that says whether the run learned."""
+"""The learning curve: one picture that shows whether the run learned."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from .plots import plain_words
 
 @plain_words
 def plot_curve(metrics: Path, picture: Path, title: str) -> Path | None:
-    """Accuracy, reward and answer length over RL steps, from `metrics.jsonl`; None if there is
-    nothing to draw yet."""
+    """Accuracy, reward and answer length over RL steps, from `metrics.jsonl`; None without data."""
     rows = read_metrics(metrics)
     train = [r for r in rows if r["axis"] == "train" and r["stage"] == "rl"]
     held_out = [r for r in rows if r["axis"] == "eval" and r["stage"] == "rl"]
@@ -21,7 +20,7 @@ def plot_curve(metrics: Path, picture: Path, title: str) -> Path | None:
         return None
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # draws without a display
     from matplotlib import pyplot
 
     figure, (top, bottom) = pyplot.subplots(
@@ -50,7 +49,7 @@ def plot_curve(metrics: Path, picture: Path, title: str) -> Path | None:
         marker="o",
         label="held-out accuracy",
     )
-    low, high = top.get_ylim()  # a reward need not be a fraction
+    low, high = top.get_ylim()  # not 0 to 1 always: a reward need not be a fraction
     shares = low >= -0.06 and high <= 1.06
     top.set_ylim(*((0, 1.02) if shares else (low, high)))
     top.set_ylabel("fraction correct" if shares else "reward, fraction correct")

@@ -1,5 +1,5 @@
-"""Which figures stand together: the sections of the W&B workspace that `emberl dashboard` makes, of
-`emberl report`, and of a picture of a run's own `metrics.jsonl`."""
+"""The layout of a run's metrics in sections of panels, for the W&B workspace of `emberl dashboard`,
+for `emberl report`, and for a picture of a run's own `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Section:
 
 
 def _panels(axis: str, **metrics: str) -> tuple[Panel, ...]:
-    """Titles with their metrics, apart by spaces."""
+    """A panel for each keyword: its name is the title, its value the metrics, split at spaces."""
     return tuple(
         Panel(title=title.replace("_", " "), metrics=tuple(names.split()), axis=axis)
         for title, names in metrics.items()
@@ -126,21 +126,21 @@ SECTIONS = (
 
 
 def matching(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
-    """The names that any pattern stands for, in the patterns' order."""
+    """The names that match any pattern, in the patterns' order."""
     known = sorted(names)
     return list(dict.fromkeys(n for p in patterns for n in known if fnmatchcase(n, p)))
 
 
 def curves(rows: Sequence[Mapping[str, Any]], panel: Panel) -> dict[str, list[tuple[float, float]]]:
-    """Points of each line of a panel, from rows as `all_rows` gives them."""
+    """Name -> (x, y) points of each line of a panel, from rows of `all_rows`."""
     names = matching(panel.metrics, {name for row in rows for name in row})
-    found = {
+    lines = {
         name: [
             (row[panel.axis], row[name]) for row in rows if panel.axis in row and _known(row, name)
         ]
         for name in names
     }
-    return {name: points for name, points in found.items() if points}
+    return {name: points for name, points in lines.items() if points}
 
 
 def _known(row: Mapping[str, Any], name: str) -> bool:
@@ -150,25 +150,25 @@ def _known(row: Mapping[str, Any], name: str) -> bool:
 def all_rows(
     logged: Sequence[Mapping[str, Any]], system: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Rows of `metrics.jsonl` and `system.jsonl` under the names and axes that W&B has."""
-    found: list[dict[str, Any]] = []
+    """Rows of `metrics.jsonl` and `system.jsonl` with W&B's names and axes."""
+    rows: list[dict[str, Any]] = []
     for row in logged:
         figures = {k: v for k, v in row.items() if k not in ("stage", "axis", "step")}
         axis = row["axis"]
         if row["stage"] == "sft":
             axis = "sft"
             figures = {k if k.startswith("sft/") else f"sft/{k}": v for k, v in figures.items()}
-        found.append({**figures, f"{axis}/step": row["step"]})
+        rows.append({**figures, f"{axis}/step": row["step"]})
     start = system[0]["time"] if system else 0.0
-    found += [
+    rows += [
         {**{k: v for k, v in row.items() if k != "time"}, "system/seconds": row["time"] - start}
         for row in system
     ]
-    return found
+    return rows
 
 
 def draw(section: Section, rows: Sequence[Mapping[str, Any]]) -> bytes | None:
-    """A PNG of the panels of a section that have anything to show; None where none has."""
+    """A PNG of the panels of a section that have data; None if none has."""
     drawn = [(panel, lines) for panel in section.panels if (lines := curves(rows, panel))]
     if not drawn:
         return None
@@ -190,7 +190,7 @@ def _png(title: str, drawn: Sequence[tuple[Panel, Mapping[str, Any]]]) -> bytes:
             mark = "." if len(points) < 40 else None
             plot.plot(*zip(*points, strict=True), linewidth=1.2, marker=mark, label=name)
         if not any(y for points in lines.values() for _, y in points):
-            plot.set_ylim(0, 1)  # of counts, which matplotlib would draw down to less than none
+            plot.set_ylim(0, 1)  # all are 0: matplotlib's own range would show negative counts
         plot.set_title(panel.title, fontsize=10)
         plot.set_xlabel(panel.axis, fontsize=8)
         plot.tick_params(labelsize=8)
@@ -206,8 +206,7 @@ def _png(title: str, drawn: Sequence[tuple[Panel, Mapping[str, Any]]]) -> bytes:
 
 
 def draw_all(run_dir: Path, file: Path) -> Path:
-    """A picture of all sections of a run, one under another. ValueError where there is nothing to
-    draw."""
+    """Writes a picture of all sections of a run. Raises ValueError if there is nothing to draw."""
     import numpy as np
     from matplotlib import image
 
@@ -227,13 +226,13 @@ def draw_all(run_dir: Path, file: Path) -> Path:
 
 
 def as_regex(patterns: Sequence[str]) -> str:
-    """One regular expression for names of which some have a `*`."""
+    """One regular expression that matches any of these patterns, in which `*` is any text."""
     each = (pattern.replace(".", r"\.").replace("*", ".*") for pattern in patterns)
     return f"^({'|'.join(each)})$"
 
 
 def workspace(project: str, entity: str | None, name: str) -> Any:
-    """The sections as a W&B workspace, not yet saved. `ValueError` where the package is absent."""
+    """The sections as a W&B workspace, not yet saved. Raises ValueError without the package."""
     try:
         import wandb_workspaces.reports.v2 as reports
         import wandb_workspaces.workspaces as workspaces
@@ -262,7 +261,7 @@ def workspace(project: str, entity: str | None, name: str) -> Any:
 
 
 def save(made: Any) -> str:
-    """Has W&B keep a workspace; its address. `ValueError` where W&B does not."""
+    """Saves a workspace at W&B; returns its address. Raises ValueError if W&B does not take it."""
     from .sinks import has_wandb_key
 
     if not has_wandb_key():
@@ -272,6 +271,6 @@ def save(made: Any) -> str:
         )
     try:
         return str(made.save().url)
-    except Exception as error:  # foreign code and the network
+    except Exception as error:  # anything: foreign code and the network
         line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"W&B did not take the workspace: {line}") from error

@@ -1,7 +1,7 @@
-"""`emberl doctor [CONFIG]`: what this machine has, what it lacks for a run, and how to mend it.
-Loads no torch.
+"""`emberl doctor [CONFIG]`: checks of this machine, with a fix for whatever a run would lack. Loads
+no torch.
 
-Each examination asks a `Machine` one thing. Only what the named configuration needs is an error.
+Each examination checks one thing of a `Machine`. Only what the configuration needs is an error.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ PROCESSES = 2000
 
 
 def examine(config: Config | None = None, *, live: bool = False) -> Iterator[Check]:
-    """All lines, in reading order, as they are found. Starts and ends a sandbox process; takes
-    about a second. live: uses the device, too, which takes a minute or a few."""
+    """Yields all checks in reading order. Starts and ends a sandbox process; takes about a second.
+    live: uses the device too, which takes minutes."""
     yield from examined(Machine(config), (*EXAMINATIONS, *(LIVE if live else ())))
 
 
@@ -53,19 +53,22 @@ def python(machine: Machine) -> Iterator[Check]:
 
 
 def packages(machine: Machine) -> Iterator[Check]:
-    """A line for each requirement of the distribution: the fixed ones must be there, extras only
-    fit if they are, or if the configuration needs them."""
+    """A check for each requirement of the distribution. Extras may be absent unless the
+    configuration needs them, but must be of a version that fits."""
     rollout = machine.config.rollout if machine.config is not None else None
-    # an engine of one's own; servers have theirs
+    # servers (rollout.servers) run a vLLM of their own
     needed = {"vllm"} if rollout and rollout.engine == "vllm" and not rollout.servers else set()
     on_npus = present(machine)
     for requirement in map(Requirement, machine.requirements()):
         marker = requirement.marker
         extra = marker is not None and not marker.evaluate({"extra": ""})
-        if extra and not any(marker.evaluate({"extra": name}) for name in _EXTRAS):  # type: ignore[union-attr]
+        if extra and not any(
+            marker.evaluate({"extra": name})  # type: ignore[union-attr]
+            for name in _EXTRAS
+        ):
             continue
         if extra and on_npus and requirement.name in INSTALLED:
-            continue  # said there, with how they are installed together
+            continue  # `doctor_ascend.versions` checks it, with the pins that go together
         yield _package(machine, requirement, extra and requirement.name not in needed)
 
 
@@ -95,7 +98,7 @@ def _minor(version: str) -> tuple[int, ...]:
 
 
 def sandbox(machine: Machine) -> Iterator[Check]:
-    """The back end that programs of answers get, and what it cannot contain."""
+    """The sandbox back end that programs in answers get, and what it does not isolate."""
     uses = _rewards(machine.config)
     needed = any(use in SANDBOXED for use, remote in uses if not remote)
     try:
@@ -105,7 +108,7 @@ def sandbox(machine: Machine) -> Iterator[Check]:
         yield Check(
             name="sandbox",
             state=machine.lacking(needed),
-            text=f"no code rewards: {text}",  # other rewards need none
+            text=f"no code rewards: {text}",  # other rewards run without a sandbox
             fix=fix or "run on Linux, x86-64 or aarch64",
         )
         return
@@ -117,7 +120,7 @@ def sandbox(machine: Machine) -> Iterator[Check]:
 
 
 def _rewards(config: Config | None) -> Iterator[tuple[str, bool]]:
-    """What marks answers, and whether on another machine."""
+    """(name of a reward, whether it runs on another machine) of each grader."""
     for part in config.reward.parts.values() if config is not None else ():
         for spec in (part, *part.by_source.values()):
             yield spec.use, "url" in spec.options
@@ -137,7 +140,7 @@ def compiler(machine: Machine) -> Iterator[Check]:
 
 
 def cores(machine: Machine) -> Iterator[Check]:
-    """A run that starts Ray here must find the CPUs of its placement."""
+    """Whether a run that starts Ray here finds the CPUs of its placement."""
     ours, all_of_it = machine.cores()
     text = f"{ours} of {all_of_it} by affinity and quota" if ours < all_of_it else str(ours)
     config = machine.config
@@ -158,7 +161,7 @@ def cores(machine: Machine) -> Iterator[Check]:
 
 
 def processes(machine: Machine) -> Iterator[Check]:
-    """Ray, vLLM and BLAS make hundreds of threads, each of which counts."""
+    """The limit of processes; each of the hundreds of threads of Ray, vLLM and BLAS counts."""
     soft, _ = machine.limit("RLIMIT_NPROC")
     limits = [] if soft < 0 else [("ulimit -u", soft)]
     for path in ("/sys/fs/cgroup/pids.max", "/sys/fs/cgroup/pids/pids.max"):
@@ -178,7 +181,7 @@ def processes(machine: Machine) -> Iterator[Check]:
 
 
 def shared_memory(machine: Machine, path: str = "/dev/shm") -> Iterator[Check]:
-    """Ray's object store and torch's workers live there."""
+    """Free space in /dev/shm, which Ray's object store and torch's workers use."""
     fix = "give more: mount -o remount,size=16g /dev/shm, or docker run --shm-size=16g"
     try:
         free = machine.free(path)
@@ -199,7 +202,7 @@ def shared_memory(machine: Machine, path: str = "/dev/shm") -> Iterator[Check]:
 
 
 def open_files(machine: Machine) -> Iterator[Check]:
-    """Ray opens several files for each worker and object."""
+    """The limit of open files; Ray opens several for each worker and object."""
     soft, hard = machine.limit("RLIMIT_NOFILE")
     if soft < 0 or soft >= 8192:
         yield Check(name="open files", state=State.OK, text="no limit" if soft < 0 else str(soft))
@@ -212,7 +215,7 @@ def open_files(machine: Machine) -> Iterator[Check]:
 
 
 def disk(machine: Machine) -> Iterator[Check]:
-    """The run's directory must hold its checkpoints, and one that is being written."""
+    """Whether the disk has room for the run's checkpoints, and for one that is being written."""
     config = machine.config
     folder = Path(config.output if config is not None else ".").absolute()
     while not folder.exists():
@@ -235,17 +238,19 @@ def disk(machine: Machine) -> Iterator[Check]:
 
 
 def _checkpoints(config: Config | None) -> int:
-    """Bytes of all checkpoints that a run keeps, and of one more: of each parameter a master and
-    two moments in float32 and what is served; 0 where the model is not here."""
+    """Bytes of all checkpoints that a run keeps, and of one more; 0 if the model is not here."""
     if config is None or config.model.path is None or not Path(config.model.path).is_dir():
         return 0
     weights = sum(f.stat().st_size for f in Path(config.model.path).glob("*.safetensors"))
     kept = config.checkpoint.keep + config.checkpoint.keep_best + 1
-    return kept * 7 * weights  # files in bfloat16: 2 bytes of 14
+    # a parameter has 14 bytes there: master and two moments in float32, 2 of the served bfloat16;
+    # its file has 2
+    return kept * 7 * weights
 
 
 def network(machine: Machine) -> Iterator[Check]:
-    """A run on this machine needs loopback alone; one on several nodes Ray's address of each."""
+    """Loopback, which every run needs, Ray's address of this node, for a run on several nodes, and
+    the addresses that the configuration names."""
     if not machine.can_listen():
         fix = "bring the loopback interface up: ip link set lo up"
         yield Check(name="ports", state=State.ERROR, text="none can be had", fix=fix)
@@ -257,7 +262,7 @@ def network(machine: Machine) -> Iterator[Check]:
     address = machine.config.cluster.address if machine.config is not None else None
     if address and outward.startswith("127."):
         fix = "ray start --node-ip-address=ADDRESS on every node"
-        state = State.WARNING  # where the cluster is this machine alone
+        state = State.WARNING  # no error: right if the cluster is this machine alone
         yield Check(name="address", state=state, text=text, fix=fix)
     else:
         yield Check(name="address", state=State.OK, text=text)
@@ -276,16 +281,16 @@ def network(machine: Machine) -> Iterator[Check]:
 
 
 def _others(config: Config | None) -> Iterator[tuple[str, str]]:
-    """host:port of what a configuration names elsewhere, and the key."""
+    """(host:port, key) of every address in the configuration."""
     if config is None:
         return
     address = config.cluster.address or ""
     if address.rpartition(":")[2].isdigit() and "//" not in address:
         yield address, "cluster.address"
     for server in config.rollout.servers:
-        found = urllib.parse.urlparse(server)
-        port = found.port or (443 if found.scheme == "https" else 80)
-        yield f"{found.hostname}:{port}", "rollout.servers"
+        url = urllib.parse.urlparse(server)
+        port = url.port or (443 if url.scheme == "https" else 80)
+        yield f"{url.hostname}:{port}", "rollout.servers"
 
 
 def weights_and_biases(machine: Machine) -> Iterator[Check]:
@@ -303,19 +308,19 @@ def weights_and_biases(machine: Machine) -> Iterator[Check]:
         yield Check(name=name, state=machine.lacking(True), text=text, fix=fix)
     else:
         base = machine.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-        found = urllib.parse.urlparse(base)
-        port = found.port or (443 if found.scheme == "https" else 80)
-        why = machine.reaches(found.hostname or base, port)
+        url = urllib.parse.urlparse(base)
+        port = url.port or (443 if url.scheme == "https" else 80)
+        why = machine.reaches(url.hostname or base, port)
         if why is None:
             yield Check(name=name, state=State.OK, text=f"key found, {base} answers")
         else:
-            # such a run goes on all the same
+            # no error: the run keeps its records offline instead
             fix = "open the way there, or set tracking.wandb=offline and upload later"
             yield Check(name=name, state=State.WARNING, text=f"{base}: {why}", fix=fix)
 
 
 def accelerator(machine: Machine) -> Iterator[Check]:
-    """A driver that answers, where the configuration names CUDA."""
+    """Whether the NVIDIA driver answers; an error only if the configuration names CUDA."""
     device = machine.config.cluster.device if machine.config is not None else "auto"
     wanted = device != "auto" and accelerators.named(device).resource == "GPU"
     cards = machine.output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
@@ -341,6 +346,6 @@ EXAMINATIONS: tuple[Examination, ...] = (
     network,
     weights_and_biases,
 )
-"""In reading order. Those of another kind of device stand in a file of their own."""
+"""In reading order. Those for NPUs are in `doctor_ascend.py`."""
 
 __all__ = ["EXAMINATIONS", "examine"]

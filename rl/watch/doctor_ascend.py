@@ -1,8 +1,8 @@
-"""What `emberl doctor` says of a machine with Ascend NPUs: versions, against a dated table, and
-what shadows what. `doctor_ascend_driver.py` looks at driver, firmware and CANN,
-`doctor_ascend_box.py` at cards, settings and disks, `doctor_ascend_hccl.py` at networks.
+"""The checks of `emberl doctor` on a machine with Ascend NPUs: versions, against a dated table, and
+packages that shadow each other. `doctor_ascend_driver.py` checks driver, firmware and CANN,
+`doctor_ascend_box.py` cards, settings and disks, `doctor_ascend_hccl.py` networks.
 
-Read in tools' output and in files; nothing is imported and no card is touched.
+They read tools' output and files; nothing is imported and no card is used.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .machine import Check, Examination, Machine, State
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu/"
 INDEX = "https://mirrors.huaweicloud.com/ascend/repos/pypi"
 INSTALLED = ("torch-npu", "vllm", "vllm-ascend", "triton-ascend")
-"""Packages whose lines `versions` has, on a machine with NPUs."""
+"""Packages that `versions` checks on a machine with NPUs."""
 SOURCE = "VLLM_TARGET_DEVICE=empty pip install ./vllm (v{}, configs/ascend/README.md)"
 
 
 def present(machine: Machine) -> bool:
-    """Whether this is about NPUs at all."""
+    """Whether the machine has NPUs, or the configuration names them."""
     if machine.config is not None and machine.config.cluster.device not in ("auto", "npu"):
         return False
     named = machine.config is not None and machine.config.cluster.device == "npu"
@@ -34,7 +34,7 @@ def present(machine: Machine) -> bool:
 
 
 def ascend_only(examination: Examination) -> Examination:
-    """Says nothing on other machines."""
+    """The examination, made to yield nothing on machines without NPUs."""
 
     def look(machine: Machine) -> Iterator[Check]:
         if present(machine):
@@ -45,11 +45,11 @@ def ascend_only(examination: Examination) -> Examination:
 
 
 def same(wanted: str) -> Callable[[Version], bool]:
-    return lambda found: found.release == Version(wanted).release
+    return lambda version: version.release == Version(wanted).release
 
 
 def versions(machine: Machine) -> Iterator[Check]:
-    """torch, torch-npu, vLLM, vllm-ascend, transformers and triton-ascend against one row."""
+    """The versions of torch, vLLM, transformers and their NPU packages, by one row of `MATRIX`."""
     row, uses_vllm = release(machine), _decodes_with_vllm(machine)
     tied = uses_vllm or machine.version("vllm-ascend") is not None
     install = f"pip install {{}}=={{}} --extra-index-url {INDEX}"
@@ -90,7 +90,7 @@ def _older_post(have: str, wanted: str) -> bool:
 
 
 def pair(machine: Machine) -> Iterator[Check]:
-    """torch-npu loads into the torch of its own release only."""
+    """Whether torch-npu and torch are of one release: it loads into that one only."""
     torch, ours = machine.version("torch"), machine.version("torch-npu")
     if torch and ours and Version(torch).release[:2] != Version(ours).release[:2]:
         made_for = ".".join(map(str, Version(ours).release))
@@ -100,7 +100,7 @@ def pair(machine: Machine) -> Iterator[Check]:
 
 
 def python(machine: Machine) -> Iterator[Check]:
-    """vllm-ascend's wheels are for CPython 3.10 to 3.12 and glibc 2.34."""
+    """Python and glibc: vllm-ascend's wheels are for CPython 3.10 to 3.12 and glibc 2.34."""
     running = machine.python()
     if Version(running).release[:2] > (3, 12):
         text = f"{running}: vllm-ascend has wheels to 3.12"
@@ -117,7 +117,7 @@ def python(machine: Machine) -> Iterator[Check]:
 
 
 def triton(machine: Machine) -> Iterator[Check]:
-    """triton and triton-ascend own the same folder."""
+    """Whether stock triton shares triton-ascend's folder; triton-ascend's numpy and clang."""
     stock, ours = machine.version("triton"), machine.version("triton-ascend")
     again = (
         "pip uninstall -y triton triton-ascend; pip install --no-deps"
@@ -149,7 +149,7 @@ def triton(machine: Machine) -> Iterator[Check]:
 
 
 def build(machine: Machine) -> Iterator[Check]:
-    """vllm-ascend is built for one generation, with or without operators of its own."""
+    """Whether vllm-ascend is built for this generation of cards, and with its own operators."""
     folder = machine.package("vllm_ascend")
     if folder is None:
         return

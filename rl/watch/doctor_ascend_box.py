@@ -1,4 +1,4 @@
-"""Cards, settings and disks of a machine with Ascend NPUs, for `doctor_ascend.py`."""
+"""Checks of cards, settings and disks of a machine with Ascend NPUs, for `doctor_ascend.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .machine import Check, Examination, Machine, State
 
 _GIB = 1 << 30
 USED = 8192
-"""MB of a card that say that somebody is on it: 3 to 4 GB are taken on an idle one."""
+"""MB in use from which a card counts as busy: an idle one has 3 to 4 GB in use."""
 SHARED = ("nfs", "nfs4", "cifs", "lustre", "ceph", "fuse.ceph", "fuse.glusterfs", "beegfs", "gpfs")
 NODES = ("davinci_manager", "devmm_svm", "hisi_hdc")
 
@@ -23,7 +23,7 @@ def smi(machine: Machine) -> str | None:
 
 
 def generation(machine: Machine) -> ascend.Generation | None:
-    """By the names that npu-smi prints: `910B3` on A2, `Ascend910` on A3."""
+    """The cards' generation by npu-smi's names: `910B3` on A2, `Ascend910` on A3; None: others."""
     said = smi(machine) or ""
     if re.search(r"\b910B\d", said):
         return ascend.A2
@@ -31,36 +31,36 @@ def generation(machine: Machine) -> ascend.Generation | None:
 
 
 def cards(machine: Machine) -> Iterator[Check]:
-    """The device files, those of the driver beside them, and whether this user may use them."""
+    """The device files: whether they exist, may be used, and are enough for the placement."""
     names = machine.listing("/dev")
-    found = [name for name in names if re.fullmatch(r"davinci\d+", name)]
+    devices = [name for name in names if re.fullmatch(r"davinci\d+", name)]
     lacking = [name for name in NODES if name not in names]
-    if not found:
+    if not devices:
         fix = "docker run --device=/dev/davinci0 ... (configs/ascend/Dockerfile), or the driver"
         yield Check(name="cards", state=machine.lacking(True), text="no /dev/davinci*", fix=fix)
         return
     if lacking:
         fix = " ".join(f"--device=/dev/{name}" for name in lacking)
-        text = f"{len(found)} cards, but no /dev/{', /dev/'.join(lacking)}"
+        text = f"{len(devices)} cards, but no /dev/{', /dev/'.join(lacking)}"
         yield Check(name="cards", state=State.ERROR, text=text, fix=f"docker run {fix}")
-    used = [*found, *(name for name in NODES if name in names)]
+    used = [*devices, *(name for name in NODES if name in names)]
     closed = [name for name in used if not machine.writable(f"/dev/{name}")]
     if closed:
         text = f"/dev/{closed[0]} may not be used by this user ({len(closed)} of {len(used)})"
         fix = "usermod -aG HwHiAiUser USER and log in anew, or run as root in a container"
         yield Check(name="cards", state=State.ERROR, text=text, fix=fix)
     if not lacking and not closed:
-        yield Check(name="cards", state=State.OK, text=f"{len(found)} in /dev")
+        yield Check(name="cards", state=State.OK, text=f"{len(devices)} in /dev")
     wanted = placed(machine)
     local = machine.config is not None and not machine.config.cluster.address
-    if local and wanted > len(found):
+    if local and wanted > len(devices):
         fix = "lower cluster.learners or cluster.rollouts, or name a cluster (cluster.address)"
-        text = f"the placement needs {wanted}, here are {len(found)}"
+        text = f"the placement needs {wanted}, here are {len(devices)}"
         yield Check(name="placement", state=State.ERROR, text=text, fix=fix)
 
 
 def placed(machine: Machine) -> int:
-    """Cards that the configuration takes; 0 where there is none, or it names another device."""
+    """Cards that the configuration takes; 0 without one."""
     config = machine.config
     if config is None:
         return 0
@@ -70,17 +70,17 @@ def placed(machine: Machine) -> int:
 
 
 KIND = re.compile(r"^\|\s*\d+\s+((?:Ascend)?\d{3}\w*)\s*\|\s*(\w+)\s*\|", re.MULTILINE)
-"""Of npu-smi's first line of a card: its name, and its health."""
+"""The first line of a card in npu-smi's output: its name and its health."""
 PROCESS = re.compile(
     r"^\|\s*(\d+)\s+\d+\s*\|\s*(\d+)\s*\|\s*([^|]*?)\s*\|\s*(\d+)\s*\|\s*$", re.MULTILINE
 )
-"""Of its table of processes: card, process, name, MB. Those of other containers are not in it."""
+"""A line of its table of processes (of this container alone): card, pid, name, MB."""
 MADE_FOR = re.compile(r"910B\d|Ascend910(?:_93\w*)?$|910_93")
 """A2 and A3, as npu-smi names their cards."""
 
 
 def health(machine: Machine) -> Iterator[Check]:
-    """What npu-smi says of each card, and whether somebody else is on it."""
+    """The health and kind of each card as npu-smi reports them, and whether it is in use."""
     said = smi(machine)
     if said is None:
         return
@@ -118,7 +118,7 @@ def health(machine: Machine) -> Iterator[Check]:
 
 
 def visible(machine: Machine) -> Iterator[Check]:
-    """Ray hides the other cards from each actor; a variable from outside interferes."""
+    """The variables that hide cards: Ray sets them for each actor, others interfere."""
     name, switch = str(NPU.visible_devices), str(NPU.ray_noset)
     given = machine.environ.get(name)
     if sees_all_cards(NPU, machine.environ):
@@ -143,8 +143,8 @@ def visible(machine: Machine) -> Iterator[Check]:
 
 
 def _read_by_cann(ids: list[str], cards: int) -> tuple[int, str]:
-    """How many of the numbers CANN takes, and what ends its reading; "" where nothing does. It
-    wants bare numbers of cards that there are, in ascending order. cards: 0: unknown."""
+    """(how many of the numbers CANN takes, the reason why it stops there or ""). It takes plain
+    numbers of existing cards in ascending order. cards: how many there are; 0: unknown."""
     for i, each in enumerate(ids):
         if not each.isdigit():
             return i, f"{each!r} is no number"
@@ -156,10 +156,10 @@ def _read_by_cann(ids: list[str], cards: int) -> tuple[int, str]:
 
 
 def settings(machine: Machine) -> Iterator[Check]:
-    """Switches that make engines slow or end them: formats, allocator, task queue, graphs."""
+    """Settings that slow engines down or crash them: formats, allocator, task queue, graphs."""
     env, config = machine.environ, machine.config
     arguments = dict(config.rollout.engine_args) if config is not None else {}
-    by_rl_config = _has_rl_config(machine)  # without, emberl decodes eagerly whatever is given
+    by_rl_config = _has_rl_config(machine)  # without it emberl always decodes eagerly
     by_vllm = config is None or config.rollout.engine == "vllm"
     eager = bool(arguments.get("enforce_eager", False))
     graphs = by_vllm and by_rl_config and not eager
@@ -196,7 +196,7 @@ def settings(machine: Machine) -> Iterator[Check]:
 
 
 def _switches(env: Mapping[str, str], graphs: bool) -> Iterator[Check]:
-    """Variables that are set for all processes at once. graphs: whether engines use them."""
+    """Variables that apply to all processes at once. graphs: whether engines use ACL graphs."""
     if env.get("TASK_QUEUE_ENABLE") == "2" and graphs:
         text = "2 for all processes: engines with ACL graphs fail or are slow"
         fix = "unset TASK_QUEUE_ENABLE; emberl gives learners 2 and engines 1"
@@ -232,13 +232,13 @@ def _switches(env: Mapping[str, str], graphs: bool) -> Iterator[Check]:
 
 
 def _has_rl_config(machine: Machine) -> bool:
-    """As `rollout.vllm_backend.graphs` finds it out."""
+    """Whether vllm-ascend has `rl_config`, decided as in `rollout.vllm_backend.graphs`."""
     source = machine.read(f"{machine.package('vllm_ascend')}/ascend_config.py") or ""
     return "class RlConfig" in source
 
 
 def _rl_config(machine: Machine, given: Any, has_it: bool) -> Iterator[Check]:
-    """The switch of 0.27.1 and later for weights that change, on which graphs depend."""
+    """vllm-ascend's `rl_config` (0.27.1 and later) for weights that change; graphs need it."""
     have, name = machine.version("vllm-ascend"), "additional_config.rl_config"
     if given is not None and not has_it:
         text = f"vllm-ascend {have} has no such key (0.27.1 and later): it does nothing"
@@ -255,25 +255,25 @@ def _rl_config(machine: Machine, given: Any, has_it: bool) -> Iterator[Check]:
 
 
 def ray(machine: Machine) -> Iterator[Check]:
-    """A cluster that is joined must know its cards."""
+    """Whether a Ray cluster that is joined has as many free NPUs as the placement needs."""
     config = machine.config
     if config is None or not (config.cluster.address or machine.environ.get("RAY_ADDRESS")):
         return
     said = machine.output("ray", "status")
     if said is None:
-        return  # `cluster.address` is asked elsewhere
-    found = re.search(rf"([\d.]+)/([\d.]+) {NPU.resource}\b", said)
-    if found is None:
+        return  # `doctor.network` reports that the cluster does not answer
+    match = re.search(rf"([\d.]+)/([\d.]+) {NPU.resource}\b", said)
+    if match is None:
         fix = "ray start --resources '{\"" + NPU.resource + "\": 8}' on every node (not --num-gpus)"
         text = f"the cluster has no {NPU.resource}"
         yield Check(name="Ray", state=State.ERROR, text=text, fix=fix)
-    elif float(found[2]) < placed(machine):
-        text = f"the cluster has {found[2]} {NPU.resource}, {placed(machine)} are needed"
+    elif float(match[2]) < placed(machine):
+        text = f"the cluster has {match[2]} {NPU.resource}, {placed(machine)} are needed"
         fix = "ray start --address=HEAD:6379 on the other machines, with --resources where Ray"
         fix += " finds no card there"
         yield Check(name="Ray", state=State.ERROR, text=text, fix=fix)
-    elif float(found[2]) - float(found[1]) < placed(machine):
-        text = f"{found[1]} of {found[2]} {NPU.resource} are taken, {placed(machine)} are needed"
+    elif float(match[2]) - float(match[1]) < placed(machine):
+        text = f"{match[1]} of {match[2]} {NPU.resource} are taken, {placed(machine)} are needed"
         yield Check(
             name="Ray",
             state=State.ERROR,
@@ -281,11 +281,11 @@ def ray(machine: Machine) -> Iterator[Check]:
             fix="end what holds them: ray status, ray list actors",
         )
     else:
-        yield Check(name="Ray", state=State.OK, text=f"{found[2]} {NPU.resource}, {found[1]} taken")
+        yield Check(name="Ray", state=State.OK, text=f"{match[2]} {NPU.resource}, {match[1]} taken")
 
 
 def host(machine: Machine) -> Iterator[Check]:
-    """Shared memory for engines, the memory allocator, and where checkpoints go."""
+    """Shared memory for engines, the memory allocator, and the disk of the checkpoints."""
     try:
         free = machine.free("/dev/shm")
     except OSError:
@@ -317,7 +317,7 @@ def host(machine: Machine) -> Iterator[Check]:
 
 
 def _file_system(mounts: str, folder: Path) -> str:
-    """The type of what holds `folder`."""
+    """The type of the file system that holds `folder`; "" if unknown."""
     rows = [line.split() for line in mounts.splitlines() if len(line.split()) > 2]
     above = [(len(row[1]), row[2]) for row in rows if folder.is_relative_to(row[1])]
     return max(above, default=(0, ""))[1]

@@ -1,5 +1,5 @@
-"""Driver, firmware and CANN of a machine with Ascend NPUs, against what Huawei says of each other,
-and the dated tables of versions that `doctor_ascend.py` reads, too.
+"""Checks of driver, firmware and CANN of a machine with Ascend NPUs, by Huawei's statements on
+which go together, and the dated tables of versions that `doctor_ascend.py` also uses.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ MATRIX = (
         triton_ascend="3.2.0", cann="8.5.0",
     ),
 )  # fmt: skip
-"""As of `DATED`; the first is what emberl is made for."""
+"""As of `DATED`; the first row is the one that emberl is made for."""
 OLDEST_DRIVER = "25.3.rc1"
-"""From there on cards share memory between processes (what verl asks for)."""
+"""The first driver whose cards share memory between processes (verl requires it)."""
 DRIVERS: dict[tuple[int, ...], tuple[int, int]] = {
     (8, 5): (25, 0),
     (9, 0): (25, 0),
@@ -59,7 +59,7 @@ DRIVERS: dict[tuple[int, ...], tuple[int, int]] = {
 """CANN -> the oldest driver (Ascend HDK) that goes with it, by the tables "CANN and Ascend HDK
 version compatibility" of the release notes of CANN 9.1.0, 9.1.1 and 9.2.0."""
 NEWEST_DRIVER = (26, 2)
-"""Of those tables' columns: of later ones nothing is known here."""
+"""The last column of those tables: nothing is known here of later drivers."""
 DRIVER_INFO = "/usr/local/Ascend/driver/version.info"
 FIRMWARE_INFO = "/usr/local/Ascend/firmware/version.info"
 TOOLKITS = (
@@ -77,48 +77,48 @@ VERSION_FILES = (
 
 
 def release(machine: Machine) -> Release:
-    """The row of the installed vllm-ascend; the first where there is none, or an unknown one."""
-    found = number(machine.version("vllm-ascend") or "")
+    """The row of the installed vllm-ascend; the first if there is none, or an unknown one."""
+    installed = number(machine.version("vllm-ascend") or "")
     return next(
         (
             row
             for row in MATRIX
-            if found is not None and found.release == Version(row.vllm_ascend).release
+            if installed is not None and installed.release == Version(row.vllm_ascend).release
         ),
         MATRIX[0],
     )
 
 
 def number(text: str) -> Version | None:
-    """`25.3.rc1`, `25.0.rc1.1`, `25.5.0.b061`, `8.5.1` and the like: what follows a candidate's
-    number, or is none, does not count."""
-    found = re.match(r"(\d+(?:\.\d+)*)(?:\.?(rc\d+))?", text.strip().lower())
-    if found is None:
+    """The version in texts such as `25.3.rc1`, `25.0.rc1.1`, `25.5.0.b061` and `8.5.1`; parts after
+    a candidate's number, and those that are no numbers, are ignored. None if it has none."""
+    match = re.match(r"(\d+(?:\.\d+)*)(?:\.?(rc\d+))?", text.strip().lower())
+    if match is None:
         return None
     try:
         return Version(text.strip())
     except InvalidVersion:
-        return Version(found[1] + (found[2] or ""))
+        return Version(match[1] + (match[2] or ""))
 
 
 def field(text: str | None, name: str) -> str | None:
-    """`Version=25.2.3` of an info file, or the second part of `[7.5.0.1.129:8.0.RC3]`, whose first
-    is Huawei's own count."""
-    found = re.search(
+    """The value of a field of an info file, e.g. of `Version=25.2.3`; of `[7.5.0.1.129:8.0.RC3]`
+    the second part, since the first is Huawei's internal version. None if there is none."""
+    match = re.search(
         rf"^\s*{name}\s*[=:]\s*\[?(?:[\w.+-]+:)?([\w.+-]+)", text or "",
         re.MULTILINE | re.IGNORECASE,
     )  # fmt: skip
-    return found[1] if found else None
+    return match[1] if match else None
 
 
 def driver_version(machine: Machine) -> str | None:
-    """Of its file, which containers are given, or as npu-smi says it."""
+    """The driver's version from its file, which containers mount, or from npu-smi."""
     said = field(machine.read(DRIVER_INFO), "Version")
     return said or (re.findall(r"npu-smi\s+([\w.]+)", smi(machine) or "") or [None])[0]
 
 
 def driver(machine: Machine) -> Iterator[Check]:
-    """`npu-smi`, and the version of the driver, by itself and for this CANN."""
+    """Whether npu-smi answers, and the driver's version, by itself and for this CANN."""
     if smi(machine) is None:
         fix = "install driver and firmware, or give the container npu-smi, /usr/local/dcmi and"
         fix += " /usr/local/Ascend/driver (configs/ascend/Dockerfile)"
@@ -126,22 +126,22 @@ def driver(machine: Machine) -> Iterator[Check]:
         yield Check(name="driver", state=machine.lacking(True), text=text, fix=fix)
         return
     version = driver_version(machine)
-    found, made_for = number(version or ""), cann_version(machine) or release(machine).cann
+    installed, made_for = number(version or ""), cann_version(machine) or release(machine).cann
     toolkit = number(made_for)
     oldest = DRIVERS.get(toolkit.release[:2]) if toolkit is not None else None
-    if found is None:
+    if installed is None:
         fix = f"mount {DRIVER_INFO} of the host"
         yield Check(name="driver", state=State.WARNING, text="of unknown version", fix=fix)
-    elif oldest is not None and found.release[:2] < oldest:
+    elif oldest is not None and installed.release[:2] < oldest:
         least = ".".join(map(str, oldest))
         text = f"{version}: CANN {made_for} goes with {least} and later (Huawei's release notes)"
         fix = f"install driver and firmware {OLDEST_DRIVER} or later on the host"
         yield Check(name="driver", state=State.ERROR, text=text, fix=fix)
-    elif found < Version(OLDEST_DRIVER.replace(".rc", "rc")):
+    elif installed < Version(OLDEST_DRIVER.replace(".rc", "rc")):
         fix = f"install driver {OLDEST_DRIVER} or later on the host"
         text = f"{version}, older than {OLDEST_DRIVER}: cards cannot share memory between processes"
         yield Check(name="driver", state=State.WARNING, text=text, fix=fix)
-    elif oldest is None or found.release[:2] > NEWEST_DRIVER:
+    elif oldest is None or installed.release[:2] > NEWEST_DRIVER:
         text = f"{version}; no table here says whether CANN {made_for} goes with it"
         yield Check(name="driver", state=State.OK, text=text)
     else:
@@ -149,8 +149,8 @@ def driver(machine: Machine) -> Iterator[Check]:
 
 
 def firmware(machine: Machine) -> Iterator[Check]:
-    """Whether it goes with the driver: what npu-smi says of the pair, else the range that the
-    driver's own file names. Without both nobody can judge it, and that is said."""
+    """Whether the firmware goes with the driver: by npu-smi's verdict, else by the range in the
+    driver's own file; a warning if there is neither."""
     if smi(machine) is None:
         return
     board = machine.output("npu-smi", "info", "-t", "board", "-i", "0")
@@ -160,14 +160,14 @@ def firmware(machine: Machine) -> Iterator[Check]:
     verdict = (field(board, "Compatibility") or "").upper()
     ranges = re.findall(r"\[([\d.]+),([\d.]+)\]", _accepted(machine))
     said = ", ".join(f"{first} to {last}" for first, last in ranges)
-    found = number(version or "")
+    installed = number(version or "")
     if verdict == "NOK":
         text = f"{version or 'of unknown version'} does not go with driver {held} (npu-smi)"
         yield Check(name="firmware", state=State.ERROR, text=text, fix=again)
     elif verdict == "OK":
         text = f"{version or 'of unknown version'}: npu-smi says that the driver takes it"
         yield Check(name="firmware", state=State.OK, text=text)
-    elif found is None:
+    elif installed is None:
         text = "of unknown version: whether it goes with the driver cannot be judged here"
         fix = "npu-smi info -t board -i 0 on the host: Compatibility must be OK"
         yield Check(name="firmware", state=State.WARNING, text=text, fix=fix)
@@ -176,7 +176,7 @@ def firmware(machine: Machine) -> Iterator[Check]:
         text += " (compatible_version_fw) and npu-smi gives no verdict"
         fix = f"npu-smi info -t board -i 0 on the host; mount its {DRIVER_INFO}"
         yield Check(name="firmware", state=State.WARNING, text=text, fix=fix)
-    elif not any(Version(first) <= found <= Version(last) for first, last in ranges):
+    elif not any(Version(first) <= installed <= Version(last) for first, last in ranges):
         text = f"{version}: driver {held} takes {said} (its version.info)"
         yield Check(name="firmware", state=State.ERROR, text=text, fix=again)
     else:
@@ -185,8 +185,8 @@ def firmware(machine: Machine) -> Iterator[Check]:
 
 
 def _accepted(machine: Machine) -> str:
-    found = re.search(r"^compatible_version_fw=(.*)$", machine.read(DRIVER_INFO) or "", re.M)
-    return found[1] if found else ""
+    match = re.search(r"^compatible_version_fw=(.*)$", machine.read(DRIVER_INFO) or "", re.M)
+    return match[1] if match else ""
 
 
 def cann_home(machine: Machine) -> str | None:
@@ -194,7 +194,7 @@ def cann_home(machine: Machine) -> str | None:
 
 
 def cann_version(machine: Machine) -> str | None:
-    """Of the toolkit whose environment was sourced; None where its files do not say it."""
+    """The version of the toolkit whose environment was sourced; None if its files do not tell."""
     home = cann_home(machine)
     for name in VERSION_FILES if home is not None else ():
         read = machine.read(f"{home}/{name}")
@@ -206,7 +206,7 @@ def cann_version(machine: Machine) -> str | None:
 
 
 def cann(machine: Machine) -> Iterator[Check]:
-    """The toolkit, whether its environment was sourced and still holds, and its version."""
+    """Whether CANN's toolkit is there, its environment sourced and intact, and its version."""
     home = cann_home(machine)
     lies = next((place for place in TOOLKITS if machine.listing(place)), None)
     source = "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
@@ -229,14 +229,14 @@ def cann(machine: Machine) -> Iterator[Check]:
 
 def _toolkit(machine: Machine, home: str) -> Check:
     row, version = release(machine), cann_version(machine)
-    wanted, found = Version(row.cann), number(version or "")
-    if found is None:
+    wanted, installed = Version(row.cann), number(version or "")
+    if installed is None:
         fix = f"check that {home} is CANN {wanted}"
         return Check(name="CANN", state=State.WARNING, text=f"{home}, of unknown version", fix=fix)
-    if found.release[:2] == wanted.release[:2]:
+    if installed.release[:2] == wanted.release[:2]:
         return Check(name="CANN", state=State.OK, text=f"{version} in {home}")
     fix = f"install CANN {wanted}, or the vllm-ascend that was made for {version}"
-    if found.release[:2] < wanted.release[:2]:
+    if installed.release[:2] < wanted.release[:2]:
         npu = machine.version("torch-npu") or row.torch_npu
         text = f"{version}, older than the {wanted} for which vllm-ascend {row.vllm_ascend} and"
         text += f" torch-npu {npu} were built"
@@ -246,8 +246,7 @@ def _toolkit(machine: Machine, home: str) -> Check:
 
 
 def _libraries(machine: Machine, home: str, source: str) -> Iterator[Check]:
-    """What set_env.sh had set may have been overwritten since, or was set for another compiler's
-    names."""
+    """Whether set_env.sh's paths are still set, and are for the C++ ABI of the installed torch."""
     paths = machine.environ.get("LD_LIBRARY_PATH", "").split(":")
     if not any(path == home or path.startswith(f"{home}/") for path in paths):
         text = f"has nothing of {home}: libhccl.so and libascendcl.so will not be found"

@@ -1,5 +1,6 @@
-"""HCCL's settings on a machine with Ascend NPUs: timeouts, buffers, ports and interfaces, for
-`doctor_ascend.py`. What they may hold is Huawei's reference of CANN's environment variables."""
+"""Checks of HCCL's settings on a machine with Ascend NPUs: timeouts, buffers, ports and interfaces,
+for `doctor_ascend.py`. Their values are those of Huawei's reference of CANN's environment
+variables."""
 
 from __future__ import annotations
 
@@ -13,13 +14,13 @@ from .doctor_ascend_box import generation
 from .machine import Check, Machine, State
 
 PORTS = (60000, 60015)
-"""HCCL's own, where no range is given."""
+"""HCCL's default range."""
 TIMEOUTS = (120, 7200)
-"""Seconds that HCCL_CONNECT_TIMEOUT may have."""
+"""The least and the most seconds of HCCL_CONNECT_TIMEOUT."""
 PATIENT = 600
-"""Seconds that a rank should wait for another in a collective: a pass over long sequences."""
+"""Least seconds for a rank to wait for another, which may still pass over long sequences."""
 BUFFER = 1024
-"""MB of HCCL_BUFFSIZE from which the memory of a card is felt: each communicator takes it twice."""
+"""MB of HCCL_BUFFSIZE above which passes lack memory: each communicator takes it twice."""
 RANGES = ("HCCL_HOST_SOCKET_PORT_RANGE", "HCCL_NPU_SOCKET_PORT_RANGE")
 
 
@@ -75,11 +76,11 @@ def _values(env: Mapping[str, str]) -> Iterator[Check]:
 
 
 FUSED = ("VLLM_ASCEND_ENABLE_MATMUL_ALLREDUCE", "VLLM_ASCEND_ENABLE_FLASHCOMM1")
-"""Switches by which vllm-ascend multiplies and communicates in one operator."""
+"""Switches for vllm-ascend's operators that fuse a product with its communication."""
 
 
 def _fused(machine: Machine) -> Iterator[Check]:
-    """Such operators and the ranges of ports, which emberl sets, exclude each other on A2."""
+    """Whether fused operators are on with A2 cards, where emberl's ranges of ports exclude them."""
     for name in FUSED if generation(machine) is ascend.A2 else ():
         if machine.environ.get(name, "0") not in ("", "0"):
             text = f"on: its operators do not go with {' and '.join(RANGES)} on A2"
@@ -87,7 +88,7 @@ def _fused(machine: Machine) -> Iterator[Check]:
 
 
 def _ports(machine: Machine) -> Iterator[Check]:
-    """Without a range HCCL takes 16 ports from 60000 on, which the kernel may have given away."""
+    """Whether the kernel may give HCCL's ports away: without a range these are 60000 to 60015."""
     env = machine.environ
     for name in RANGES:
         listed = env.get(name, "auto")
@@ -99,7 +100,7 @@ def _ports(machine: Machine) -> Iterator[Check]:
         yield Check(name="HCCL_IF_BASE_PORT", state=State.ERROR, text=text, fix="unset it")
         return
     if given == "auto" or (given is None and base is None):
-        return  # emberl's own
+        return  # emberl sets the ranges itself
     first = int(base) if base is not None else PORTS[0]
     taken = _ranges(given) if given is not None else [(first, first + PORTS[1] - PORTS[0])]
     drawn = (machine.read("/proc/sys/net/ipv4/ip_local_port_range") or "0 0").split()
@@ -114,14 +115,14 @@ def _ports(machine: Machine) -> Iterator[Check]:
 
 
 def _range(name: str, given: str) -> Iterator[Check]:
-    """Ports and ranges of ports, separated by commas, which may not overlap."""
+    """Whether a list such as `61000,61050-61100` is valid, free of overlaps and long enough."""
     fix = f"unset {name}; emberl sets auto"
-    found = _ranges(given)
-    if found is None or any(not 1 <= first <= last <= 65535 for first, last in found):
+    ranges = _ranges(given)
+    if ranges is None or any(not 1 <= first <= last <= 65535 for first, last in ranges):
         text = f"{given!r} is no list of ports: 61000-61050, or 61000,61050-61100"
         yield Check(name=name, state=State.ERROR, text=text, fix=fix)
         return
-    ordered = sorted(found)
+    ordered = sorted(ranges)
     crossing = [
         (a, b) for a, b in pairwise(ordered) if b[0] <= a[1]
     ]  # fmt: skip
@@ -138,18 +139,18 @@ def _range(name: str, given: str) -> Iterator[Check]:
 
 
 def _ranges(text: str) -> list[tuple[int, int]] | None:
-    """(first, last) of each part; None where one is neither a port nor a range."""
-    found = []
+    """(first, last) of each part of a list of ports; None if one is neither a port nor a range."""
+    ranges = []
     for part in filter(None, text.strip().split(",")):
         first, dash, last = part.partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
             return None
-        found.append((int(first), int(last) if dash else int(first)))
-    return found
+        ranges.append((int(first), int(last) if dash else int(first)))
+    return ranges
 
 
 def _interfaces(machine: Machine) -> Iterator[Check]:
-    """Interfaces by their names and HCCL's prefixes, and the address that goes before them."""
+    """Whether the interfaces and the address in variables exist, and reach other machines."""
     here = machine.listing("/sys/class/net")
     config = machine.config
     several = config is not None and config.cluster.address is not None
@@ -184,8 +185,8 @@ def _interfaces(machine: Machine) -> Iterator[Check]:
 
 
 def _chosen(given: str, here: list[str], *, prefixes: bool) -> list[str]:
-    """Those of `here` that HCCL would take: `eth,enp` by their beginnings, `=eth0` by name, and
-    after `^` all others; Gloo takes names alone (prefixes=False)."""
+    """The interfaces in `here` that HCCL would take: `eth,enp` are prefixes, `=eth0` is a name, `^`
+    negates; Gloo takes names alone (prefixes=False)."""
     if not prefixes:
         return [each for each in here if each in given.split(",")]
     others, rest = given.startswith("^"), given.removeprefix("^")

@@ -1,8 +1,8 @@
-"""What `emberl doctor --live` says of the device at work: products, collectives, an engine, and an
-engine against a learner.
+"""The checks of `emberl doctor --live`, which use the device: products, collectives, an engine, and
+an engine against a learner.
 
-Each runs in a process of its own (`live.py`) that is ended at its deadline, so that a card that
-hangs costs a line. Loads no torch.
+Each runs in a process of its own (`live.py`) that is killed at its deadline, so that a card that
+hangs costs one line. Loads no torch.
 """
 
 from __future__ import annotations
@@ -16,26 +16,25 @@ from .doctor_ascend import present
 from .machine import Check, Examination, Machine, State
 
 PRODUCTS, COLLECTIVES = 180.0, 180.0
-"""Seconds until there is a figure, with the start of the processes."""
+"""Deadlines in seconds, the start of the processes included."""
 ENGINE = 300.0
-"""Seconds for an engine and a learner, where no configuration has a `cluster.start_timeout`."""
+"""Seconds for an engine and a learner, without a configuration's `cluster.start_timeout`."""
 SPARE = 60.0
-"""Seconds by which the deadline of the ranks is before that of the whole, which has a start."""
+"""Seconds by which the ranks' deadline, which names the fault, is before that of the whole."""
 GOOD, BAD = 0.4, 0.1
 """Shares of a data sheet's figure, below which a rate is a warning and an error. A product of 8192
 usually reaches 0.6 to 0.9."""
 ALIKE = 0.8
-"""Share of the cards' median below which one is slow: every step waits for it."""
+"""Share of the cards' median rate below which a card counts as slow: every step waits for it."""
 LINK = 0.25
-"""Share of one link's rate that a sum over all cards must reach."""
+"""Share of one link's rate that an all-reduce over all cards must reach."""
 APART = {"bfloat16": (0.02, 0.05), "float32": (0.001, 0.01)}
-"""training/rollout_probs_diff_mean of the small model from which there is a warning, and an error:
-rounding alone is far below."""
+"""`MEAN` of the small model for a warning and for an error; rounding stays far below."""
 MEAN = "training/rollout_probs_diff_mean"
 
 
 def device(machine: Machine) -> str:
-    """As `cluster.device`; `auto` only where no NPU is in question."""
+    """The device as in `cluster.device`; `auto` only without NPUs."""
     config = machine.config
     if config is not None and config.cluster.device != "auto":
         return config.cluster.device
@@ -45,7 +44,7 @@ def device(machine: Machine) -> str:
 def ask(
     machine: Machine, part: str, deadline: float, role: str, order: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """In the environment of an actor of this role, for which Ray would hide the other cards."""
+    """The result of a part of `live_parts`, run as an actor of this role that sees all cards."""
     where = device(machine)
     environ = dict(machine.environ)
     if where in accelerators.PLATFORMS:
@@ -55,15 +54,15 @@ def ask(
 
 
 def products(machine: Machine) -> Iterator[Check]:
-    """Every card multiplies, at a rate that is near its data sheet's and like the others'."""
+    """Whether every card multiplies, at a rate near its data sheet's and like the others'."""
     name = "products"
-    found = ask(machine, name, PRODUCTS, "learner", {})
-    if "error" in found:
-        yield Check(name=name, state=State.ERROR, text=found["error"], fix=_mend(machine))
+    measured = ask(machine, name, PRODUCTS, "learner", {})
+    if "error" in measured:
+        yield Check(name=name, state=State.ERROR, text=measured["error"], fix=_mend(machine))
         return
-    rates, peak = found["rates"], found["peak"]
+    rates, peak = measured["rates"], measured["peak"]
     middle, slowest = statistics.median(rates.values()), min(rates, key=rates.__getitem__)
-    text = f"{found['dtype']} at {_si(middle)}FLOP/s on {found['device']}"
+    text = f"{measured['dtype']} at {_si(middle)}FLOP/s on {measured['device']}"
     if len(rates) > 1:
         text = f"{text}, {len(rates)} cards"
     share = 1.0 if peak is None else middle / peak
@@ -80,19 +79,19 @@ def products(machine: Machine) -> Iterator[Check]:
 
 
 def collectives(machine: Machine) -> Iterator[Check]:
-    """A sum and a broadcast over all cards end, are right, and are not crawling."""
+    """Whether an all-reduce and a broadcast over all cards end, are right, and are fast enough."""
     name = "collectives"
-    found = ask(machine, name, COLLECTIVES, "learner", {"deadline": COLLECTIVES - SPARE})
-    if "error" in found:
+    measured = ask(machine, name, COLLECTIVES, "learner", {"deadline": COLLECTIVES - SPARE})
+    if "error" in measured:
         fix = "HCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME: an interface that is up; free ports;"
         fix += " no process of an earlier run (ps); then NCCL_DEBUG=INFO, ASCEND_GLOBAL_LOG_LEVEL=1"
-        yield Check(name=name, state=State.ERROR, text=found["error"], fix=fix)
-    elif found["ranks"] < 2:
+        yield Check(name=name, state=State.ERROR, text=measured["error"], fix=fix)
+    elif measured["ranks"] < 2:
         yield Check(name=name, state=State.OK, text="one card: nothing to exchange")
     else:
-        summed, link = found["all_reduce"], found["link"]
-        text = f"all_reduce {_si(summed)}B/s, broadcast {_si(found['broadcast'])}B/s"
-        text += f" over {found['ranks']} ranks"
+        summed, link = measured["all_reduce"], measured["link"]
+        text = f"all_reduce {_si(summed)}B/s, broadcast {_si(measured['broadcast'])}B/s"
+        text += f" over {measured['ranks']} ranks"
         if link is not None and summed < LINK * link:
             text += f"; one link between two cards has {_si(link)}B/s"
             yield Check(name=name, state=State.WARNING, text=text, fix=_links(machine))
@@ -101,8 +100,8 @@ def collectives(machine: Machine) -> Iterator[Check]:
 
 
 def engine(machine: Machine) -> Iterator[Check]:
-    """An engine of the configuration's kind starts and decodes a tiny model, and the learner gives
-    its tokens the same probabilities."""
+    """Whether an engine of the configuration's kind starts and decodes a tiny model, and whether
+    the learner gives its tokens the same probabilities."""
     config = machine.config
     if config is not None and config.rollout.servers:
         yield Check(name="engine", state=State.OK, text="rollout.servers decode: not tried here")
@@ -114,36 +113,36 @@ def engine(machine: Machine) -> Iterator[Check]:
     else:
         order = {"name": config.rollout.engine, "dtype": config.model.dtype}
         order["engine_args"] = dict(config.rollout.engine_args)
-        order["running"] = config.rollout.max_num_seqs  # graphs are captured for that many
+        order["running"] = config.rollout.max_num_seqs  # so that it captures the run's graphs
         deadline = config.cluster.start_timeout
-    order["deadline"] = deadline  # of a step of it
-    found = ask(machine, "engine", deadline, "rollout", order)
-    yield from judged(found, order["name"], deadline)
+    order["deadline"] = deadline
+    measured = ask(machine, "engine", deadline, "rollout", order)
+    yield from judged(measured, order["name"], deadline)
 
 
-def judged(found: Mapping[str, Any], name: str, deadline: float) -> Iterator[Check]:
-    """Two lines: the engine, and the engine against the learner."""
-    if "error" in found and found.get("at") != "learner":
+def judged(measured: Mapping[str, Any], name: str, deadline: float) -> Iterator[Check]:
+    """Checks of the part `engine`'s result: the engine, and its distance from the learner."""
+    if "error" in measured and measured.get("at") != "learner":
         ends = {"start": "did not start", "decoding": "did not decode"}
-        what = ends.get(found.get("at", ""), "did not come to decode")
+        what = ends.get(measured.get("at", ""), "did not come to decode")
         fix = f"the lines above first; a start may need more than {deadline:g} s"
         fix += " (cluster.start_timeout); VLLM_LOGGING_LEVEL=INFO says more, and"
         fix += " rollout.engine_args.enforce_eager=true leaves graphs out"
-        text = f"{name} {what}: {found['error']}"
+        text = f"{name} {what}: {measured['error']}"
         yield Check(name="engine", state=State.ERROR, text=text, fix=fix)
         return
-    text = f"{name} up in {found['start_seconds']:.1f} s"
-    text += f", {found['tokens_per_second']:,.0f} tokens/s of a tiny model"
+    text = f"{name} up in {measured['start_seconds']:.1f} s"
+    text += f", {measured['tokens_per_second']:,.0f} tokens/s of a tiny model"
     yield Check(name="engine", state=State.OK, text=text)
     what = "engine = learner"
-    if "error" in found:
+    if "error" in measured:
         fix = "the lines above first; model.dtype and model.attention may be set by hand"
-        text = f"the learner failed: {found['error']}"
+        text = f"the learner failed: {measured['error']}"
         yield Check(name=what, state=State.ERROR, text=text, fix=fix)
         return
-    apart, (warn, stop) = found[MEAN], APART.get(found["dtype"], APART["float32"])
-    text = f"{MEAN} {apart:.2g} in {found['dtype']} over {found['tokens']} tokens"
-    # a figure that is no number is not below
+    apart, (warn, stop) = measured[MEAN], APART.get(measured["dtype"], APART["float32"])
+    text = f"{MEAN} {apart:.2g} in {measured['dtype']} over {measured['tokens']} tokens"
+    # NaN is below nothing, so it is an error
     state = State.OK if apart < warn else State.WARNING if apart < stop else State.ERROR
     fix = "" if state is State.OK else (
         "find the side that is off: rollout.engine=embedded, enforce_eager=true,"
@@ -153,7 +152,7 @@ def judged(found: Mapping[str, Any], name: str, deadline: float) -> Iterator[Che
 
 
 def _si(value: float) -> str:
-    """`3.1e14` as `310 T`."""
+    """A number with an SI prefix, e.g. `310 T` for 3.1e14."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if value >= factor:
             return f"{value / factor:.3g} {prefix}"
@@ -186,4 +185,4 @@ def _links(machine: Machine) -> str:
 
 
 LIVE: tuple[Examination, ...] = (products, collectives, engine)
-"""In the order in which a fault explains what follows."""
+"""In this order, since a fault of one explains those of the following."""

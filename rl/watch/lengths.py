@@ -1,5 +1,5 @@
-"""What a run records of its answers for `emberl plan`: `<run_dir>/lengths.parquet/`, one row per
-answer that came to a step.
+"""The record of a run's answers for `emberl plan`: `<run_dir>/lengths.parquet/`, one row per answer
+that came to a step.
 
 A folder with a file per step, which pyarrow, pandas and datasets read as one table. Each file is
 complete as soon as it has its name, so a killed run leaves nothing broken, and a resumed one writes
@@ -47,8 +47,8 @@ def record_lengths(
     groups: Sequence[Group],
     trained: Sequence[Group] = (),
 ) -> Path:
-    """Writes the rows of one step; `version` is the one that the step trains, `trained` are those
-    of the groups that do."""
+    """Writes the rows of a step that trains `version`; `trained`: those groups that do."""
+    # by identity: a group with advantages is a copy that shares its tuple of completions
     advantages = {id(group.completions): group.advantages for group in trained}
     rows = [
         {
@@ -85,7 +85,7 @@ def record_lengths(
 
 def read_lengths(source: Path) -> pa.Table:
     """The table of a run's folder, of its `lengths.parquet`, or of any Parquet file with a column
-    response_length."""
+    response_length. Raises ValueError if there is none, or if it cannot be read."""
     path = source / LENGTHS if (source / LENGTHS).exists() else source
     if not path.exists():
         raise ValueError(

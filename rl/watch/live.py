@@ -1,10 +1,11 @@
-"""What `emberl doctor --live` tries, each in a process of its own that the doctor can end:
-python -m emberl.rl.watch.live PART ORDER, where PART is a name of `live_parts.PARTS` and ORDER is
-JSON; prints one JSON line.
+"""One part of `emberl doctor --live` in a process of its own, which the doctor can kill:
+python -m emberl.rl.watch.live PART ORDER, where PART is a name in `live_parts.PARTS` and ORDER its
+arguments as JSON; prints one JSON line.
 
 Imports nothing of ours at the top. Processes that are spawned from here, vLLM's among them, import
-this file again: seconds for each, and vLLM 0.32's workers end in numba, which they look through if
-it is loaded (`AttributeError: '_lib_fn_wrapper' object has no attribute 'get'`).
+this file again: that would take seconds for each, and vLLM 0.32's workers would crash on numba,
+which they inspect if it is loaded (`AttributeError: '_lib_fn_wrapper' object has no attribute
+'get'`).
 """
 
 from __future__ import annotations

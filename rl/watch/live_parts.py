@@ -1,4 +1,4 @@
-"""What `emberl doctor --live` tries, each in a process of its own (`live.py`).
+"""The parts of `emberl doctor --live`, each for a process of its own (`live.py`).
 
 products      a matrix product on every card
 collectives   a sum and a broadcast over all cards, one process each; two processes on a CPU
@@ -35,15 +35,15 @@ from . import bench_device
 from .bench_device import MEBI, Sizes
 
 TINY = TinyConfig(hidden=128, layers=2, heads=8, kv_heads=4, head_dim=64, init_std=0.2)
-"""Heads for engines of up to eight ranks. Its weights are large, so that what it says depends on
-every part of it: a layer that computes something else shows in the probabilities."""
+"""Has heads for engines of up to eight ranks. Its weights are large, so that its output depends on
+every layer: one that computes something else shows in the probabilities."""
 PROMPTS, SAMPLES, PROMPT, ANSWER = 4, 4, 24, 40
-"""How many, and of how many tokens each."""
+"""Numbers of prompts and of samples of each, and the tokens of a prompt and of an answer."""
 
 
 def products(device: str, n: int | None = None) -> dict[str, Any]:
-    """FLOP/s of a square product of each card, by its number, in the dtype of training; `peak`:
-    of the data sheet, where the device's name is in the table."""
+    """`rates`: FLOP/s of a square matrix product in the dtype of training, by number of the card;
+    `peak`: FLOP/s of the data sheet, None for a device that is not in the table."""
     target = platform.named(device)
     dtype = platform.compute_dtype("auto", target)
     sizes = Sizes(gemm=(n or (1024 if target.is_cpu else 8192),), rounds=5)
@@ -63,18 +63,17 @@ def _cards(target: platform.Platform) -> int:
 
 
 def collectives(device: str, deadline: float) -> dict[str, Any]:
-    """Bytes a second of a sum and of a broadcast; `link`: of the data sheet, one way between two
-    cards, where it is known."""
+    """Bytes a second of an all-reduce and a broadcast; `link`: the data sheet's; None: unknown."""
     target = platform.named(device)
     cards = _cards(target)
     if not target.is_cpu and cards < 2:
         return {"ranks": 1}
     reduced = (4 if target.is_cpu else 256) * MEBI
-    found = bench_device.collective(
+    rates = bench_device.collective(
         target, max(2, cards), Sizes(reduced=reduced, deadline=deadline)
     )
     generation = ascend.generation_of(platform.device_name(target) or "")
-    return found | {"link": generation.link if generation is not None else None}
+    return rates | {"link": generation.link if generation is not None else None}
 
 
 def engine(
@@ -82,16 +81,16 @@ def engine(
     running: int = PROMPTS * SAMPLES,
 ) -> dict[str, Any]:  # fmt: skip
     """Seconds until the engine was up, tokens a second, and the learner's distance from it as
-    training logs it (`mismatch_metrics`); `error` and `at`, where it ended."""
+    training logs it (`mismatch_metrics`); or `error` and `at`, the step that failed."""
     target = platform.named(device)
     threads = platform.local_cpus()
     platform.set_threads(threads)
-    found: dict[str, Any] = {"engine": name, "device": target.device, "at": "start"}
+    report: dict[str, Any] = {"engine": name, "device": target.device, "at": "start"}
     if target.is_cpu and name == "vllm":
-        # it compiles the model and its sampler by g++ otherwise, minutes beside other work
+        # else it compiles the model and its sampler by g++, which can take minutes
         engine_args = {"enforce_eager": True, **engine_args}
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-    found["dtype"] = str(platform.compute_dtype(dtype, target)).removeprefix("torch.")
+    report["dtype"] = str(platform.compute_dtype(dtype, target)).removeprefix("torch.")
     with tempfile.TemporaryDirectory() as folder:
         model = str(make_tiny(folder, TINY, seed=0))
         spec = WorkerSpec(
@@ -100,19 +99,19 @@ def engine(
             timeout=deadline, engine=name, engine_args=engine_args,
         )  # fmt: skip
         try:
-            groups = asyncio.run(_decode(spec, found))
-            found["at"] = "learner"
-            found |= _compared(target, model, dtype, threads, deadline, groups)
-        except Exception as error:  # whatever it is, the doctor says where it came
-            return found | {"error": f"{type(error).__name__}: {error}"[:500]}
-    return found
+            groups = asyncio.run(_decode(spec, report))
+            report["at"] = "learner"
+            report |= _compared(target, model, dtype, threads, deadline, groups)
+        except Exception as error:  # anything: the doctor reports it with the step that failed
+            return report | {"error": f"{type(error).__name__}: {error}"[:500]}
+    return report
 
 
-async def _decode(spec: WorkerSpec, found: dict[str, Any]) -> list[Group]:
+async def _decode(spec: WorkerSpec, report: dict[str, Any]) -> list[Group]:
     start = time.perf_counter()
     up = make_engine(spec, ())
     try:
-        found |= {"start_seconds": time.perf_counter() - start, "at": "decoding"}
+        report |= {"start_seconds": time.perf_counter() - start, "at": "decoding"}
         generator = np.random.default_rng(0)
         prompts = [
             Prompt(id=str(i), answer="", source="doctor",
@@ -125,7 +124,7 @@ async def _decode(spec: WorkerSpec, found: dict[str, Any]) -> list[Group]:
         async for answer in up.generate_all([(p, SAMPLES, sampling) for p in prompts]):
             answers[answer.prompt_id].append(answer)
         tokens = sum(len(each) for row in answers.values() for each in row)
-        found["tokens_per_second"] = tokens / (time.perf_counter() - start)
+        report["tokens_per_second"] = tokens / (time.perf_counter() - start)
     finally:
         await up.close()
     return [_group(prompt, answers[prompt.id]) for prompt in prompts]
@@ -150,7 +149,7 @@ def _compared(
 
 
 def distance(learner: LearnerRank, batch: Batch, model: str) -> dict[str, Any]:
-    """What training would log of these tokens if this learner had been the engine's."""
+    """The mismatch metrics of these tokens with this learner; NaN if a log-prob is not finite."""
     learner.connect(learner.address())
     try:
         learner.load(model)
@@ -161,11 +160,12 @@ def distance(learner: LearnerRank, batch: Batch, model: str) -> dict[str, Any]:
     metrics = mismatch_metrics(
         ours, batch.behaviour_logp_T, batch.loss_mask_T, batch.sequence_ids_T
     )
-    whole = bool(np.isfinite(ours[batch.loss_mask_T]).all())  # figures leave other tokens out
+    # the metrics skip tokens that are not finite, so a broken model could look right
+    whole = bool(np.isfinite(ours[batch.loss_mask_T]).all())
     names = ("training/rollout_probs_diff_mean", "training/rollout_probs_diff_max",
              "rollout_corr/k3_kl")  # fmt: skip
-    found = {name: metrics[name] if whole else float("nan") for name in names}
-    return {"tokens": batch.num_loss_tokens} | found
+    figures = {name: metrics[name] if whole else float("nan") for name in names}
+    return {"tokens": batch.num_loss_tokens} | figures
 
 
 PARTS: Mapping[str, Callable[..., dict[str, Any]]] = {

@@ -1,4 +1,4 @@
-"""What `emberl doctor` asks of a machine, and what it says of it. Loads no torch."""
+"""The machine that `emberl doctor` examines, and the lines that it prints. Loads no torch."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class Check:
     name: str
     state: State
     text: str
-    """What was found."""
+    """The finding."""
     fix: str = ""
-    """What to do; empty where all is well."""
+    """The remedy; "" if all is well."""
 
     def __str__(self) -> str:
         line = f"{self.state:8} {self.name:18} {self.text}"
@@ -55,8 +55,11 @@ class Check:
 
 
 class Machine:
-    """The machine that checks look at; a test's own answers otherwise. `config`: what is to run
-    here; None: nothing that is known, and what only some runs need is no error."""
+    """The machine that checks examine; tests replace it by one with answers of their own.
+
+    config: the run to be made here; None: unknown, and then nothing that only some runs need is an
+    error.
+    """
 
     def __init__(
         self, config: Config | None = None, environ: Mapping[str, str] = os.environ
@@ -65,11 +68,11 @@ class Machine:
         self.environ = environ
 
     def lacking(self, needed: bool) -> State:
-        """Of a line about what is not there: an error where the configuration needs it."""
+        """The state for something absent: an error if the configuration needs it."""
         return State.ERROR if needed and self.config is not None else State.WARNING
 
     def version(self, package: str) -> str | None:
-        """Of an installed distribution."""
+        """The version of an installed distribution; None if it is not installed."""
         try:
             return importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -79,11 +82,11 @@ class Machine:
         return platform.python_version()
 
     def requirements(self) -> tuple[str, ...]:
-        """Of emberl's distribution, as in pyproject.toml."""
+        """The requirements of emberl's distribution, as in pyproject.toml."""
         return tuple(importlib.metadata.requires("emberl") or ())
 
     def read(self, path: str) -> str | None:
-        """A file's text; None where it cannot be read."""
+        """A file's text; None if it cannot be read."""
         try:
             return Path(path).read_text(errors="replace")
         except OSError:
@@ -93,20 +96,20 @@ class Machine:
         return Path(path).exists()
 
     def listing(self, folder: str) -> list[str]:
-        """Names in a folder; none where it cannot be read."""
+        """The names in a folder; [] if it cannot be read."""
         try:
             return sorted(os.listdir(folder))
         except OSError:
             return []
 
     def package(self, name: str) -> str | None:
-        """The folder that a package would be imported from, without importing it."""
+        """The folder from which a package would be imported, found without importing it."""
         spec = importlib.util.find_spec(name)
         places = [] if spec is None else list(spec.submodule_search_locations or ())
         return places[0] if places else None
 
     def output(self, *command: str) -> str | None:
-        """What a program prints; None where there is none or it fails."""
+        """A program's stdout; None if it is absent, fails or is slower than `PATIENCE`."""
         try:
             ran = subprocess.run(
                 command, capture_output=True, text=True, timeout=PATIENCE, check=False
@@ -122,20 +125,20 @@ class Machine:
         return os.access(path, os.W_OK)
 
     def free(self, path: str) -> int:
-        """Bytes; OSError where there is no such path."""
+        """Free bytes on the disk of a path. Raises OSError if there is no such path."""
         return shutil.disk_usage(path).free
 
     def cores(self) -> tuple[int, int]:
-        """Processors that this process may use, and those of the machine."""
+        """(processors that this process may use, processors of the machine)."""
         return processors(), os.cpu_count() or 1
 
     def limit(self, name: str) -> tuple[int, int]:
-        """Soft and hard limit, e.g. of `RLIMIT_NOFILE`; -1: none."""
+        """(soft, hard) limit, e.g. of `RLIMIT_NOFILE`; -1: none."""
         soft, hard = resource.getrlimit(getattr(resource, name))
         return soft, hard
 
     def sandbox(self) -> str:
-        """The back end that code rewards get here, by a trial run; `SandboxUnavailable`."""
+        """The sandbox back end of code rewards, by a trial. Raises SandboxUnavailable."""
         server = choose_backend(None, allow_unsafe=False)
         server.close()
         return server.backend
@@ -144,17 +147,17 @@ class Machine:
         return socket.gethostname()
 
     def addresses(self, host: str) -> list[str]:
-        """What a name stands for; none where nobody knows."""
+        """The IP addresses of a host name; [] if it does not resolve."""
         try:
-            return sorted({str(found[4][0]) for found in socket.getaddrinfo(host, None)})
+            return sorted({str(info[4][0]) for info in socket.getaddrinfo(host, None)})
         except OSError:
             return []
 
     def outward(self) -> str:
-        """This machine's address on the way to others, as Ray takes it; loopback where there is no
-        way. Sends nothing."""
+        """This machine's address on its route to others, as Ray takes it, or loopback."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
+                # sends nothing: connecting a UDP socket only chooses the route
                 probe.connect(("8.8.8.8", 80))
                 return str(probe.getsockname()[0])
             except OSError:
@@ -169,7 +172,7 @@ class Machine:
         return True
 
     def reaches(self, host: str, port: int) -> str | None:
-        """Why a connection cannot be made; None where it can."""
+        """The error of a TCP connection to host:port; None if it succeeds."""
         try:
             socket.create_connection((host, port), timeout=PATIENCE).close()
         except OSError as error:
@@ -177,7 +180,7 @@ class Machine:
         return None
 
     def joins(self, address: str) -> str | None:
-        """Why no Ray cluster can be joined at host:port; None where one can."""
+        """The reason why no Ray cluster can be joined at host:port; None if one can."""
         from ..joining import why_no_head
 
         return why_no_head(address)
@@ -185,26 +188,27 @@ class Machine:
     def live(
         self, part: str, order: Mapping[str, Any], deadline: float, environ: Mapping[str, str]
     ) -> dict[str, Any]:
-        """What a part of `live.py` finds in a process of its own, which after `deadline` seconds is
-        ended with all that it started; where it finds nothing, `error` says why."""
+        """The result of a part of `live.py`, run in a process of its own that is killed after
+        `deadline` seconds with all that it started; {"error": the reason} if it has none."""
         command = [sys.executable, "-m", f"{__package__}.live", part, json.dumps(order)]
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
             done = _group_ended(command, deadline, environ, out, err)
             said = [_lines(file) for file in (out, err)]
         if done is None:
             return {"error": f"no answer in {deadline:g} s{self._beside_others()}"}
-        for line in reversed(said[0] if done == 0 else []):  # an engine's processes print, too
+        # the last line that is JSON: an engine's processes print to stdout, too
+        for line in reversed(said[0] if done == 0 else []):
             with contextlib.suppress(ValueError):
-                found = json.loads(line)
-                if isinstance(found, dict):
-                    return found
+                answer = json.loads(line)
+                if isinstance(answer, dict):
+                    return answer
         lines = said[1] or said[0] or [f"it ended with status {done}"]
-        # an error's own words may have several lines
+        # the line with the error's type: its message may go on for several lines
         named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
         return {"error": (named or lines)[-1].strip()[:500]}
 
     def _beside_others(self) -> str:
-        """Of a machine with more work than processors, on which all takes longer."""
+        """A remark on the load, if it is more than twice the processors; else ""."""
         load, cores = os.getloadavg()[0], self.cores()[0]
         return f" (load {load:.0f} on {cores} processors)" if load > 2 * cores else ""
 
@@ -217,8 +221,7 @@ def _lines(file: Any) -> list[str]:
 def _group_ended(
     command: list[str], deadline: float, environ: Mapping[str, str], out: Any, err: Any
 ) -> int | None:
-    """The exit status of a command; None where it had none at its deadline. Whatever it started is
-    ended with it."""
+    """The exit status of a command; None at its deadline. Always kills its process group."""
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=dict(environ),
         start_new_session=True,
@@ -226,7 +229,7 @@ def _group_ended(
     ended, until = None, time.monotonic() + deadline
     try:
         while ended is None and time.monotonic() < until:
-            # without reaping it: the group keeps its number until all of it is told to end
+            # without reaping it: until then no other group can get its id, which `killpg` takes
             ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             time.sleep(0.0 if ended else 0.05)
     finally:
@@ -237,7 +240,7 @@ def _group_ended(
 
 
 Examination = Callable[[Machine], Iterable[Check]]
-"""One of the doctor's: looks at one thing, and says it in a line or a few."""
+"""An examination of the doctor: checks one thing and yields a line or a few."""
 
 
 def worst(checks: Iterable[Check]) -> State:
@@ -247,7 +250,7 @@ def worst(checks: Iterable[Check]) -> State:
 
 
 def examined(machine: Machine, examinations: Iterable[Examination]) -> Iterator[Check]:
-    """The lines of each, in order."""
+    """The checks of all examinations, in order."""
     for examination in examinations:
         yield from examination(machine)
 

@@ -1,5 +1,5 @@
-"""Parts of a self-contained HTML page: nothing is loaded from elsewhere, and what a model or a data
-set says is text, whatever it holds."""
+"""Parts of a self-contained HTML page: nothing is loaded from elsewhere, and the texts of models
+and data sets are escaped."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 _HERE = Path(__file__).parent
 SAMPLES = '<form id="filters"></form>\n<div id="list"></div>'
-"""Where `samples.js` puts its browser."""
+"""The elements that `samples.js` fills with its browser."""
 
 
 def write_page(
     file: Path, *, title: str, body: str, data: dict[str, Any], scripts: Sequence[str]
 ) -> Path:
-    """body: HTML; data: JSON that the scripts, by their names here, read."""
+    """Writes a page. body: HTML; data: JSON for the scripts; scripts: names of files here."""
     text = Template((_HERE / "page.html").read_text()).substitute(
         title=escape(title),
         style=(_HERE / "page.css").read_text(),
@@ -27,13 +27,13 @@ def write_page(
         data=_as_script(data),
         script="".join((_HERE / name).read_text() for name in scripts),
     )
-    # half a surrogate pair, which a tokenizer may give, is an escape of JSON
+    # half a surrogate pair, which a tokenizer may give, is written as its escape, valid in JSON
     file.write_bytes(text.encode("utf-8", "backslashreplace"))
     return file
 
 
 def table(lines: Iterable[Sequence[str]], head: Sequence[str] = (), name: str = "") -> str:
-    """Cells are texts."""
+    """An HTML table of these texts, which are escaped. name: its CSS class."""
 
     def row(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
@@ -56,6 +56,8 @@ def picture(name: str, png: bytes) -> str:
 
 
 def _as_script(value: Any) -> str:
-    """JSON that a script element can hold: no `<` ends it."""
+    """JSON that is safe inside a script element."""
+    # no `</script>` in a model's answer may end the element
     text = json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
+    # these two end a line in JavaScript before ES2019, but not in JSON
     return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

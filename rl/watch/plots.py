@@ -11,8 +11,8 @@ T = TypeVar("T")
 
 
 def plain_words(draw: Callable[P, T]) -> Callable[P, T]:
-    """A function that draws, in which `$` is a sign like others: matplotlib would take what stands
-    between two of them for TeX, and raise for what is none."""
+    """A decorator for functions that draw, within which `$` is an ordinary character: matplotlib
+    would read the text between two of them as TeX, and raise if it is not valid."""
 
     @wraps(draw)
     def drawn(*arguments: P.args, **keywords: P.kwargs) -> T:

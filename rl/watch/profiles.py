@@ -34,8 +34,7 @@ async def traced(
     workers: Workers,
     alert: Callable[[str, str], None],
 ) -> AsyncIterator[None]:
-    """While a step of `steps` is made; others cost one comparison. What cannot be traced is said
-    and the step goes on."""
+    """Traces its block if `step` is in `steps`; a failure is an alert, and the step goes on."""
     if step not in steps:
         yield
         return
@@ -48,7 +47,7 @@ async def traced(
             }
         except ActorLostError:
             raise
-        except Exception as error:  # a profiler that another tool holds, a full disk there
+        except Exception as error:  # e.g. another tool holds the profiler, or a disk there is full
             alert("no trace", f"step {step}: {type(error).__name__}: {error}")
             return {}
 
@@ -63,7 +62,7 @@ async def traced(
 
 
 def write_timeline(run_dir: Path, file: Path | None = None) -> Path:
-    """The run's spans as one JSON file of Chrome's trace event format."""
+    """Writes the run's spans as JSON in Chrome's trace event format; returns the file."""
     file = file or run_dir / FOLDER / TIMELINE
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(trace_of(read_spans(run_dir))))

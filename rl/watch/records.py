@@ -1,4 +1,4 @@
-"""What a run's directory says of it: for `emberl report`, `top` and `dashboard`."""
+"""The records in a run's directory, for `emberl report`, `top` and `dashboard`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SYSTEM = "system.jsonl"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """A run as it stands."""
+    """The current state of a run."""
 
     folder: Path
     config: dict[str, Any]
@@ -29,11 +29,11 @@ class Record:
     alerts: list[dict[str, Any]]
     """`time`, `title` and `text` of each."""
     result: dict[str, Any] | None
-    """The line with which it ended; None before."""
+    """The final JSON line; None before the end."""
     running: bool
-    """On this machine."""
+    """Whether it runs on this machine."""
     host: str
-    """Where its newest attempt began; empty where that is not known."""
+    """The host of its newest attempt; "" if unknown."""
 
     @property
     def state(self) -> str:
@@ -45,7 +45,7 @@ class Record:
 
 
 def read_record(folder: Path) -> Record:
-    """`ConfigError` where there is no run."""
+    """The records of a run's directory. Raises ConfigError if it is none."""
     if not (folder / METRICS).is_file() or not (folder / "config.yaml").is_file():
         parts = sorted(p.parent.name for p in folder.glob(f"*/{METRICS}"))
         fix = f"give one of its stages: {', '.join(parts)}" if parts else "give a run's directory"
@@ -63,26 +63,27 @@ def read_record(folder: Path) -> Record:
 
 
 def logged_rows(folder: Path) -> list[dict[str, Any]]:
-    """As `dashboard.all_rows`. `ConfigError` where there is no run."""
+    """The run's rows as of `dashboard.all_rows`. Raises ConfigError if there is no run."""
     return all_rows(read_record(folder).logged, _lines(folder / SYSTEM))
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a process of this machine holds the directory's lock; says so without taking it."""
+    """Whether a process of this machine holds the directory's lock; does not take it."""
     try:
         inode = (folder / LOCK).stat().st_ino
         held = Path("/proc/locks").read_text()
     except OSError:  # no lock yet, or another system than Linux
         return False
+    # lines with `->` are of processes that wait for a lock
     return any(f":{inode} " in f"{line} " for line in held.splitlines() if "->" not in line)
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """JSON lines; what was cut off is left out."""
-    found = []
+    """The rows of a file of JSON lines; lines that are incomplete are left out."""
+    rows = []
     for line in file.read_text().splitlines() if file.is_file() else ():
         try:
-            found.append(json.loads(line))
+            rows.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    return rows

@@ -1,7 +1,7 @@
 """`emberl report`: a run in one self-contained HTML file.
 
-How it ended, warnings, curves, how figures are spread, who was busy when, sampled answers, and the
-configuration with what differs from another run's.
+Its outcome, warnings, curves, histograms, a timeline of processes, sampled answers, and the
+configuration with its differences from another run's.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from .spans import LOOP, STEP, Span, in_lanes, read_spans
 PAGE = "report.html"
 MOST_SAMPLES = 10_000
 MOST_CHARACTERS = 40_000_000
-"""Of the samples of a page together; browsers grow slow beyond."""
+"""Most characters of a page's samples together; browsers grow slow beyond."""
 MOST_SPANS = 20_000
 FEW, RANGES = 16, 40
-"""Of a histogram: values that have a bar each, and ranges of more."""
+"""Of a histogram: up to `FEW` distinct values have a bar each, more are counted in `RANGES`."""
 _SHOWN = {
     "filters": [
         *(["status", "verdict"], ["axis", "sampled for"], ["step", "step"]),
@@ -49,15 +49,14 @@ _SHOWN = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Samples:
-    """What the page shows of the answers that a run kept."""
+    """The answers of a run for the page: data for `samples.js`, and a note on their number."""
 
     data: dict[str, Any]
     note: str
 
 
 def write_report(folder: Path, out: Path | None = None, against: Path | None = None) -> Path:
-    """Writes the page (`report.html` in the run's directory). `ConfigError` where there is no
-    run."""
+    """Writes the page (`report.html` in the run's directory). Raises ConfigError if it is none."""
     record = read_record(folder)
     other = read_record(against) if against is not None else None
     samples, spans = samples_of(folder), read_spans(folder)
@@ -80,7 +79,7 @@ def write_report(folder: Path, out: Path | None = None, against: Path | None = N
 
 
 def summary(record: Record) -> list[tuple[str, str]]:
-    """What a person asks first."""
+    """(label, text) rows for the top of the page: state, step, accuracy, time, model."""
     result, config = record.result or {}, record.config
     steps = [row for row in record.logged if row["axis"] == "train"]
     lines = [("state", record.state)]
@@ -116,8 +115,8 @@ def _alerts(record: Record) -> str:
 
 def _curves(folder: Path) -> str:
     rows = logged_rows(folder)
-    found = [(s.title, png) for s in SECTIONS if (png := draw(s, rows)) is not None]
-    return "".join(page.picture(title, png) for title, png in found)
+    pictures = [(s.title, png) for s in SECTIONS if (png := draw(s, rows)) is not None]
+    return "".join(page.picture(title, png) for title, png in pictures)
 
 
 def _spread(folder: Path) -> str:
@@ -130,7 +129,7 @@ def _spread(folder: Path) -> str:
 
 @plain_words
 def draw_spread(answers: pa.Table) -> bytes:
-    """Histograms of lengths and staleness, and by source of scores and advantages; a PNG."""
+    """A PNG of histograms of lengths and staleness, and by source of scores and advantages."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -170,7 +169,7 @@ def draw_spread(answers: pa.Table) -> bytes:
 
 
 def _bins(values: Collection[float]) -> int | list[float]:
-    """Bars around few values, where they are, else so many ranges."""
+    """The bins of a histogram: edges around each of few values, else a number of ranges."""
     if len(values) > FEW:
         return RANGES
     ordered = sorted(values)
@@ -213,7 +212,7 @@ def timeline(spans: Sequence[Span]) -> dict[str, Any]:
 
 
 def samples_of(folder: Path) -> Samples:
-    """The answers that were kept, the newest where there are too many."""
+    """The answers that the run kept; the newest of them if they are too many for a page."""
     files = len(files_of(folder))
     problems: list[dict[str, Any]] = []
     numbers: dict[tuple[str, str], int] = {}

@@ -28,11 +28,11 @@ from .lengths import LENGTHS
 ROLLOUTS = "rollouts"
 SUFFIX = ".jsonl.zst"
 WAITING = 4
-"""Steps that may wait for the disk; then the run waits for it, too."""
+"""Files that may wait for the disk; beyond, the run waits for it."""
 CLOSING = 60.0
 """Seconds that a run waits for the disk, in a step or at its end."""
 LEVEL = 3
-"""Of zstandard."""
+"""zstandard's compression level."""
 Rows = list[dict[str, Any]]
 _NAME = re.compile(r"(?P<stage>\w+)-(train|eval)-(?P<step>\d+)" + re.escape(SUFFIX))
 
@@ -40,12 +40,13 @@ _NAME = re.compile(r"(?P<stage>\w+)-(train|eval)-(?P<step>\d+)" + re.escape(SUFF
 def rows_of(
     groups: Sequence[Group], reader: AnswerReader, trained: Sequence[Group] = ()
 ) -> Iterator[dict[str, Any]]:
-    """A row for each answer: what the graders were given, and what became of it.
+    """A row for each answer: the graders' input, the verdict, and how it was sampled.
 
     `prompt`, `completion` (of an episode its last turn), `reference`, `source`, `messages` and
     `columns` are the graders'; `advantage` is None where the answer does not train; `versions` are
     pairs of a version and the number of tokens that it sampled; times are seconds since 1970.
     """
+    # by identity: a group with advantages is a copy that shares its tuple of completions
     advantages = {id(group.completions): group.advantages for group in trained}
     for group in groups:
         prompt, own = group.prompt, advantages.get(id(group.completions))
@@ -80,10 +81,10 @@ def rows_of(
 
 
 class RolloutLog:
-    """Writes files in the order in which they were given."""
+    """Writes files in a thread of its own, in the order in which they were given."""
 
     def __init__(self, run_dir: Path, tell: Callable[[str, str], None]) -> None:
-        """tell: title and text of what went wrong; said once, then nothing more is written."""
+        """tell: is called once with title and text of a failure, after which nothing is written."""
         self.folder = run_dir / ROLLOUTS
         self._tell = tell
         self._queue: queue.Queue[tuple[str, Callable[[], Rows]] | None] = queue.Queue(WAITING)
@@ -91,8 +92,8 @@ class RolloutLog:
         self._thread.start()
 
     def put(self, stage: str, axis: str, step: int, rows: Callable[[], Rows]) -> None:
-        """Has what `rows` makes written; waits only where `WAITING` files do, at most `CLOSING`
-        seconds, and then leaves it out."""
+        """Queues the rows that `rows()` makes, in the other thread. Blocks only if `WAITING` files
+        are queued, for at most `CLOSING` seconds, and then drops this one."""
         name = f"{stage}-{axis}-{step:06}{SUFFIX}"
         try:
             self._queue.put((name, rows), timeout=CLOSING)
@@ -100,7 +101,7 @@ class RolloutLog:
             self._tell("answers are not kept", f"{self.folder / name}: the disk does not answer")
 
     def close(self, seconds: float = CLOSING) -> None:
-        """Waits for what was given, at most so long."""
+        """Waits until the queued files are written, at most so long."""
         deadline = time.monotonic() + seconds
         while self._thread.is_alive():
             try:
@@ -119,15 +120,15 @@ class RolloutLog:
                 name, rows = given
                 if made := rows():
                     write_rows(self.folder / name, made)
-        # a full disk, a tokenizer that cannot decode: it costs these files, not the run
+        # e.g. a full disk, or a tokenizer that cannot decode: it must not end the run
         except Exception as error:
             self._tell("answers are not kept", f"{self.folder}: {type(error).__name__}: {error}")
-            while self._queue.get() is not None:  # lets go of who waits
+            while self._queue.get() is not None:  # else the next `put` would block the run
                 pass
 
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A file that is whole or absent."""
+    """Writes a file atomically."""
     file.parent.mkdir(exist_ok=True)
     hidden = file.with_name(f".{file.name}")
     text = "".join(f"{json.dumps(row, default=str)}\n" for row in rows)
@@ -136,8 +137,8 @@ def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_rows(run_dir: Path, *, newest: int | None = None) -> Iterator[dict[str, Any]]:
-    """All rows of a run in order, each with its `stage`, `axis` and `step`; newest: those of one
-    file only, 0 is the newest. Files that were broken later are left out."""
+    """All rows of a run in order, each with its `stage`, `axis` and `step`. newest: those of one
+    file only, 0 is the newest. Files that cannot be read are left out."""
     files = files_of(run_dir)
     for file in files if newest is None else files[::-1][newest : newest + 1]:
         stage, axis, step = file.name.removesuffix(SUFFIX).rsplit("-", 2)
@@ -150,13 +151,13 @@ def read_rows(run_dir: Path, *, newest: int | None = None) -> Iterator[dict[str,
 
 
 def files_of(run_dir: Path) -> list[Path]:
-    """In the order in which they were written."""
-    found = [p for p in (run_dir / ROLLOUTS).glob(f"*{SUFFIX}") if _NAME.fullmatch(p.name)]
-    return sorted(found, key=lambda p: (p.stat().st_mtime, p.name))
+    """A run's files of rollouts, in the order in which they were written."""
+    files = [p for p in (run_dir / ROLLOUTS).glob(f"*{SUFFIX}") if _NAME.fullmatch(p.name)]
+    return sorted(files, key=lambda p: (p.stat().st_mtime, p.name))
 
 
 def trim_steps(run_dir: Path, stage: str, step: int, stages: Sequence[str]) -> None:
-    """Drops the files of steps that a resumed run will do again, or never comes to."""
+    """Deletes the files of steps after the one from which a run resumes."""
     reached = (stages.index(stage), step)
     for file in files_of(run_dir):
         own = _NAME.fullmatch(file.name)

@@ -1,14 +1,14 @@
-"""Which rows a tracker has had, over all attempts of a run, so that a step which a resumed run does
-again stands there once, as it was first done."""
+"""The rows that a tracker has received over all attempts of a run, so that a step which a resumed
+run repeats is logged once, as it was first done."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 SENT = "sent"
-"""`<run_dir>/<tracker>_sent`: a line for each row."""
+"""Suffix of `<run_dir>/<tracker>_sent`, which has a line for each row."""
 TABLE = "table"
-"""How the key of a table's rows begins: these may wait in the tracker."""
+"""The beginning of the keys of a table's rows, which the tracker may hold back."""
 
 
 class Sent:
@@ -21,12 +21,12 @@ class Sent:
         self._waiting: list[str] = []
 
     def __contains__(self, key: str) -> bool:
-        """Whether an earlier attempt sent it."""
+        """Whether an earlier attempt sent this row."""
         return key in self._earlier
 
     def add(self, key: str | None, rows_waiting: bool) -> None:
-        """A row was given to the tracker (None: none was). rows_waiting: rows of its table are kept
-        back; theirs are noted once they are not, as a kill would lose them."""
+        """Notes a row as sent (None: no row). rows_waiting: the tracker holds rows of its table
+        back, so their keys are noted later: a kill would lose the rows."""
         self._waiting += [] if key is None else [key]
         now = [k for k in self._waiting if not (rows_waiting and k.startswith(TABLE))]
         if now:
@@ -36,6 +36,6 @@ class Sent:
 
 
 def forget_sent(run_dir: Path) -> None:
-    """Has trackers get what is done again, too, since it will be another thing."""
+    """Forgets all rows, for an attempt that does other things in the same steps."""
     for file in run_dir.glob(f"*_{SENT}"):
         file.unlink()

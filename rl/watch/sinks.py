@@ -1,7 +1,7 @@
 """Trackers beside `metrics.jsonl`: W&B, TensorBoard, SwanLab, MLflow.
 
-Each runs in a thread of its own behind a queue, so that none can end or slow a run: one that fails
-is said once and heard no more.
+Each runs in a thread of its own behind a queue, so that none can end or slow a run: a failure is
+reported once, and that tracker is not used any more.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ..config.masking import hidden
 from .sent import Sent, forget_sent
 
 QUEUED = 1000
-"""Calls that may wait for a slow sink; what comes beyond is left out."""
+"""Calls that may wait for a slow sink; further ones are dropped."""
 CLOSING = 30.0
-"""Seconds for what still waits when a run ends."""
+"""Seconds for the queued calls when a run ends."""
 Mode = Literal["online", "offline", "disabled"]
 AXES: dict[str, tuple[str, ...]] = {
     "train/step": (
@@ -42,26 +42,26 @@ AXES: dict[str, tuple[str, ...]] = {
     ),
     "system/seconds": ("system/*",),
 }
-"""Of W&B: what each is the horizontal axis of. No two patterns may fit one name, as `*` and
-another would: W&B takes either, now this one and now that."""
+"""W&B's x axis -> the metrics drawn over it. No two patterns may match one name, as `*` and
+another would: W&B takes either of them at random."""
 INCREMENT = 8
 """Rows of W&B's table of samples, times the increments before, that wait for the next one."""
 MOST_ROWS = 10_000
-"""Of that table, which is kept in memory."""
+"""Most rows of that table, which is kept in memory."""
 MOST_TEXT = 2_000
-"""Characters of a text there."""
+"""Most characters of a text there."""
 WANDB_ID = "wandb_id"
-"""A file in the run's directory: a resumed run goes on as the same one at W&B."""
+"""A file in the run's directory with the id by which W&B continues the same run."""
 
 
 class Sink(Protocol):
-    """What a tracker must be able to do. axis: `train`, `eval`, `sft` or `system`, each with steps
-    of its own (of `system`: seconds)."""
+    """The interface of a tracker. axis: `train`, `eval`, `sft` or `system`, each with steps of its
+    own (of `system`: seconds)."""
 
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Sampled answers, with verdicts and scores."""
+        """Logs sampled answers, with verdicts and scores."""
 
     def histograms(self, step: int, values: Mapping[str, NDArray[Any]]) -> None: ...
 
@@ -80,7 +80,7 @@ class Background:
         tell: Callable[[str], None],
         sent: Sent | None = None,
     ) -> None:
-        """sent: the rows that it had in earlier attempts, where it goes on as the same run."""
+        """sent: the rows of earlier attempts of the same run, which are not sent again."""
         self.name = name
         self._sent = sent
         self._opening = opening
@@ -93,8 +93,7 @@ class Background:
         self._thread.start()
 
     def call(self, do: Callable[[Sink], None], key: str | None = None) -> None:
-        """Has `do` called with the sink; returns at once. key: of a row, which it is to have
-        once."""
+        """Queues a call of `do`; returns at once. key: of a row to be sent only once."""
         if self._failed:
             return
         try:
@@ -105,7 +104,7 @@ class Background:
                 self._tell(f"{self.name} is slower than the run: figures are left out there")
 
     def close(self, seconds: float = CLOSING) -> None:
-        """Waits for what was asked, at most so long."""
+        """Waits until the queued calls are done, at most so long."""
         try:
             self._calls.put(None, timeout=seconds)
         except queue.Full:
@@ -124,7 +123,7 @@ class Background:
                     self._note(key, rows_waiting=bool(getattr(sink, "waiting", 0)))
             sink.close()
             self._note(None, rows_waiting=False)
-        # foreign code, its helper processes and the network: whatever it is, the run goes on
+        # anything: foreign code, its helper processes and the network must not end the run
         except Exception as error:
             self._failed = True
             line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -150,7 +149,7 @@ class Wandb:
             file.write_text(uuid.uuid4().hex[:12])
         tree = shown_tree(config)
         shown = tree["tracking"]
-        # W&B keeps the command line
+        # W&B records the command line, in which there may be a key
         sys.argv[1:] = [hidden(word) for word in sys.argv[1:]]
         options: dict[str, Any] = {
             "project": os.environ.get("WANDB_PROJECT", tracking.project),
@@ -166,11 +165,11 @@ class Wandb:
             "settings": wandb.Settings(console="off", silent=True, init_timeout=60),
         }
         options = {name: value for name, value in options.items() if value is not None}
-        # left by the process that started this one: its wandb-core may have ended, or write nothing
+        # inherited, it names another process's wandb-core, which may be gone or write nothing
         os.environ.pop("WANDB_SERVICE", None)
         try:
             self._run = wandb.init(mode=mode, **options)
-        except Exception as error:  # no way out, a wrong key: the run is kept here all the same
+        except Exception as error:  # e.g. no network or a wrong key: then the run is kept here
             if mode != "online":
                 raise
             line = " ".join(str(error).split())[:200]
@@ -184,15 +183,14 @@ class Wandb:
                 self._run.define_metric(name, step_metric=axis)
         self._table: Any = None
         self.waiting = 0
-        """Rows of the table that are kept back."""
+        """Rows of the table that are held back."""
         self._table_step = self._increments = 0
 
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({**metrics, "system/seconds" if axis == "system" else f"{axis}/step": step})
 
     def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """One table that grows, for W&B to filter and group by any column; the whole texts are in
-        the run's `rollouts`."""
+        """Adds to one growing table, which W&B can filter; `rollouts` has the full texts."""
         if self._table is None:
             self._table = self._wandb.Table(
                 columns=list(columns), log_mode="INCREMENTAL", allow_mixed_types=True
@@ -201,13 +199,14 @@ class Wandb:
         for row in rows[: MOST_ROWS - len(self._table.data)]:
             self._table.add_data(*(_short(cell) for cell in row))
             self.waiting += 1
-        # each increment names all before it: so they grow with the root of the steps
+        # each increment lists all before it, so their number must grow as the root of the rows only
         if self.waiting > INCREMENT * self._increments:
             self._log_table()
 
     def _log_table(self) -> None:
         if self.waiting:
-            self._increments, self.waiting = self._increments + 1, 0
+            self._increments += 1
+            self.waiting = 0
             self._run.log({"samples": self._table, "train/step": self._table_step})
 
     def histograms(self, step: int, values: Mapping[str, NDArray[Any]]) -> None:
@@ -323,8 +322,7 @@ class MLflow:
 
 
 def open_sinks(config: Config, run_dir: Path, tell: Callable[[str], None]) -> list[Background]:
-    """Those that the configuration names. ImportError of a package that is not installed is said
-    like any other failure."""
+    """Opens the configured trackers. A missing package is reported like any other failure."""
     sinks = []
     mode = wandb_mode(config.tracking.wandb)
     if mode == "offline" and config.tracking.wandb == "auto":
@@ -338,22 +336,21 @@ def open_sinks(config: Config, run_dir: Path, tell: Callable[[str], None]) -> li
         "mlflow": lambda: MLflow(config, run_dir),
     }
     for name in config.tracking.also:
-        # the others begin a run of their own with each attempt
+        # SwanLab and MLflow start a new run with each attempt, which needs all of its rows
         sent = Sent(run_dir, name) if name == "tensorboard" else None
         sinks.append(Background(name, others[name], tell, sent))
     return sinks
 
 
 def forget_tracked(run_dir: Path, *, anew: bool) -> None:
-    """Before an attempt whose rows will not be those of the ones before. anew: it is another run to
-    the trackers."""
+    """Forgets what was sent, for an attempt that redoes steps. anew: another run to trackers."""
     forget_sent(run_dir)
     if anew:
         (run_dir / WANDB_ID).unlink(missing_ok=True)
 
 
 def wandb_mode(wanted: str, environ: Mapping[str, str] = os.environ) -> Mode:
-    """What `tracking.wandb` comes to here; `WANDB_MODE` goes before it."""
+    """The mode that `tracking.wandb` resolves to on this machine; `WANDB_MODE` overrides it."""
     mode = environ.get("WANDB_MODE") or wanted
     if mode == "auto":
         return "online" if has_wandb_key(environ) else "offline"
@@ -363,12 +360,13 @@ def wandb_mode(wanted: str, environ: Mapping[str, str] = os.environ) -> Mode:
 
 
 def has_wandb_key(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether W&B would not have to ask; its own check may prompt."""
+    """Whether W&B has an API key, in the environment or in ~/.netrc."""
+    # not by its own check, which may prompt
     if environ.get("WANDB_API_KEY"):
         return True
     base = environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     try:
         return netrc.netrc().authenticators(urllib.parse.urlparse(base).hostname or "") is not None
-    # no file, or not one we can read: then there is no key
+    # no file, or one that cannot be read: no key
     except (OSError, netrc.NetrcParseError):
         return False

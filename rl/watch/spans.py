@@ -1,5 +1,5 @@
-"""Who was busy when: spans of the driver's phases, of the calls to the learners, of each rollout
-worker and of the graders, a few dozen in a step.
+"""Spans of time, a few dozen in a step: the driver's phases, the calls to the learners, the work of
+each rollout worker and of the graders.
 
 `<run_dir>/spans.jsonl` has a line for each; `trace_of` makes a file of them that Perfetto and
 chrome://tracing load.
@@ -24,7 +24,8 @@ LOOP = "loop"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
-    """E.g. `Span(track="learners", name="step", start=1.7e9, end=1.7e9 + 2, step=12)`."""
+    """One piece of work, e.g.
+    `Span(track="learners", name="step", start=1.7e9, end=1.7e9 + 2, step=12)`."""
 
     track: str
     """`loop`, `learners`, `rollout 0`, ..., `graders`, `weights`."""
@@ -37,13 +38,12 @@ class Span:
 
 
 class Spans:
-    """Collects spans; may be told of them from any thread."""
+    """Collects spans; `add` may be called from any thread."""
 
     def __init__(self, file: Path | None) -> None:
-        """file: None writes nothing; what the end of a run says of its steps is counted all the
-        same."""
+        """file: None: nothing is written, but `summary` works all the same."""
         self._file = file
-        self._new: list[Span] = []  # appending is atomic
+        self._new: list[Span] = []  # without a lock: appending is atomic
         self.step = 0
         self._totals: dict[str, float] = defaultdict(float)
         self.steps = 0
@@ -58,7 +58,7 @@ class Spans:
 
     @contextmanager
     def span(self, track: str, name: str) -> Iterator[None]:
-        """One that lasts as long as its block, however that ends."""
+        """Adds a span of the duration of its block, also if that raises."""
         start = time.time()
         try:
             yield
@@ -66,8 +66,9 @@ class Spans:
             self.add(track, name, start, time.time())
 
     def flush(self) -> None:
-        """Writes what is new; a disk that is full costs the spans alone."""
-        new, self._new = self._new, []
+        """Appends the new spans to the file; after an error of the disk nothing more is written."""
+        new = self._new
+        self._new = []
         if self._file is None or not new:
             return
         try:
@@ -77,8 +78,8 @@ class Spans:
             self._file = None
 
     def summary(self) -> str | None:
-        """Where an RL step's time went, e.g. `a step took 4.1 s: waiting for answers 61 %, update
-        30 %, publish 5 %, other 4 %`; None before the first."""
+        """The shares of an RL step's time, e.g. `a step took 4.1 s: waiting for answers 61 %,
+        update 30 %, publish 5 %, other 4 %`; None before the first."""
         whole = self._totals[STEP]
         if not self.steps or whole <= 0:
             return None
@@ -92,26 +93,25 @@ class Spans:
 
 
 PHASES = ("waiting for answers", "estimates", "update", "publish")
-"""Of a step, one after another."""
+"""The phases of a step, which do not overlap."""
 
 
 def read_spans(run_dir: Path) -> list[Span]:
-    """In the order of their beginnings; a last line that was cut off is left out."""
+    """A run's spans, sorted by start; lines that are incomplete are left out."""
     file = run_dir / SPANS
-    found = []
+    spans = []
     for line in file.read_text().splitlines() if file.is_file() else ():
         try:
-            found.append(Span(**json.loads(line)))
+            spans.append(Span(**json.loads(line)))
         except (ValueError, TypeError):
             continue
-    return sorted(found, key=lambda span: (span.start, -span.end))
+    return sorted(spans, key=lambda span: (span.start, -span.end))
 
 
 def in_lanes(spans: Iterable[Span]) -> dict[str, list[list[Span]]]:
-    """The spans of each track in as few rows as need be: those of a row do not overlap unless one
-    holds the other."""
+    """Track -> its spans in lanes, in which spans are disjoint or one contains the other."""
     tracks: dict[str, list[list[Span]]] = {}
-    under_way: dict[str, list[list[float]]] = {}  # of each lane the ends of what has not ended
+    under_way: dict[str, list[list[float]]] = {}  # for each lane the ends of its open spans
     for span in sorted(spans, key=lambda span: (span.start, -span.end)):
         lanes, ends = tracks.setdefault(span.track, []), under_way.setdefault(span.track, [])
         for stack in ends:
@@ -133,7 +133,7 @@ def _order(track: str) -> tuple[int, str]:
 
 
 def trace_of(spans: Sequence[Span]) -> dict[str, Any]:
-    """As JSON in Chrome's trace event format: a thread for each lane, times in microseconds."""
+    """The spans in Chrome's trace event format: a thread for each lane, times in microseconds."""
     events: list[dict[str, Any]] = []
     start = min((span.start for span in spans), default=0.0)
     number = 0

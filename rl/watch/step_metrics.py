@@ -1,9 +1,10 @@
-"""The figures of an RL step, from its graded samples, from the batch that trains and from its
-updates.
+"""The metrics of an RL step: of its graded samples, of the batch that trains and of its updates.
 
-Names are verl's where it has one, with its definition (`verl/trainer/ppo/metric_utils.py`,
-`rollout_corr_helper.py`). What is of samples is over all that were sampled; what is of tokens is
+Names and definitions are verl's if it has the metric (`verl/trainer/ppo/metric_utils.py`,
+`rollout_corr_helper.py`). Metrics of samples are over all that were sampled; those of tokens are
 over the loss tokens of the groups that train.
+
+Shape legend: T tokens of a batch.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from ..groups import Batch, Group
 
 Array = NDArray[Any]
 VARIANCE_EPS = 1e-5
-"""verl adds it to the variance of the returns."""
+"""Added to the variance of the returns, as verl does."""
 _LARGEST, _SMALLEST = re.compile(r"[_/]max($|[_/])"), re.compile(r"[_/]min($|[_/])")
 _ONCE = ("rollout_corr/", "training/rollout_")
 
 
 def spread(name: str, values: Array) -> dict[str, float]:
-    """Mean, largest and smallest of the values that are not NaN; nothing where there is none."""
+    """`name`/mean, /max and /min of the values that are not NaN; {} if there are none."""
     known = values[~np.isnan(values)]
     if not len(known):
         return {}
@@ -48,8 +49,9 @@ def sample_metrics(
     longest: int,
     longest_prompt: int,
 ) -> dict[str, float]:
-    """Of a step's samples. `shaped`: the scores of each group as they are trained on, overlong
-    penalty included; `longest`: the most tokens of an answer."""
+    """The metrics of a step's samples. shaped: the scores of each group as they are trained on,
+    overlong penalty included. longest, longest_prompt: the most tokens of an answer and a
+    prompt."""
     whole = np.array([len(c) for group in groups for c in group.completions], np.float64)
     lengths = np.array([c.num_sampled for group in groups for c in group.completions], np.float64)
     prompts = np.repeat(
@@ -57,7 +59,7 @@ def sample_metrics(
         [len(group.completions) for group in groups],
     )
     finish = [c.finish_reason for group in groups for c in group.completions]
-    found = {
+    metrics = {
         **spread("critic/score", np.concatenate([group.scores for group in groups])),
         **spread("critic/rewards", np.concatenate(shaped)),
         **spread("response_length", lengths),
@@ -77,13 +79,13 @@ def sample_metrics(
         "training/verifier_errors": sum(not v.trains for group in groups for v in group.verdicts),
         "perf/total_num_tokens": whole.sum() + prompts.sum(),
     }
-    return {name: float(value) for name, value in (found | episode_metrics(groups)).items()}
+    return {name: float(value) for name, value in (metrics | episode_metrics(groups)).items()}
 
 
 def episode_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Of samples that an environment answered: turns, tokens of observations (which are in no other
-    figure of lengths but `clip_ratio`), and the share of each way in which episodes ended. Nothing
-    where there is no environment."""
+    """The metrics of samples with an environment: turns, tokens of observations (which no other
+    metric of lengths counts but `clip_ratio`), and the share of each status with which episodes
+    ended. {} without an environment."""
     played = [
         (c, c.episode) for group in groups for c in group.completions if c.episode is not None
     ]
@@ -92,10 +94,12 @@ def episode_metrics(groups: Sequence[Group]) -> dict[str, float]:
     observed = np.array(
         [len(completion) - completion.num_sampled for completion, _ in played], np.float64
     )
-    found = spread("num_turns", np.array([len(episode.turns) for _, episode in played], np.float64))
-    found |= spread("observation_length", observed)
+    metrics = spread(
+        "num_turns", np.array([len(episode.turns) for _, episode in played], np.float64)
+    )
+    metrics |= spread("observation_length", observed)
     statuses = [episode.status for _, episode in played]
-    return found | {
+    return metrics | {
         f"episode/{name}": statuses.count(name) / len(played) for name in get_args(EpisodeStatus)
     }
 
@@ -106,9 +110,9 @@ def correct(groups: Sequence[Group]) -> float:
 
 
 def histograms(groups: Sequence[Group], trained: Sequence[Group], version: int) -> dict[str, Array]:
-    """Of a step's answers: lengths in tokens, the age of each at its first token in versions, and
-    by source scores and, of the groups that train, advantages."""
-    found: dict[str, Array] = {
+    """Name -> values of a step's answers: lengths in tokens, staleness of the first token in
+    versions, and by source scores and, of the groups that train, advantages."""
+    by_name: dict[str, Array] = {
         "response_length": np.array([c.num_sampled for g in groups for c in g.completions]),
         "staleness": np.array(
             [version - c.oldest_version for g in groups for c in g.completions if len(c)]
@@ -125,13 +129,13 @@ def histograms(groups: Sequence[Group], trained: Sequence[Group], version: int) 
                 if g.prompt.source == source and v is not None
             ]
             joined = np.concatenate(own) if own else np.zeros(0)
-            found[f"{name}/{source}"] = joined[np.isfinite(joined)]
-    return {name: values for name, values in found.items() if len(values)}
+            by_name[f"{name}/{source}"] = joined[np.isfinite(joined)]
+    return {name: values for name, values in by_name.items() if len(values)}
 
 
 def speed_metrics(tokens: float, sampled: int, seconds: float, devices: int) -> dict[str, float]:
-    """tokens: of prompts and answers (`perf/total_num_tokens`); sampled: of answers alone, of the
-    whole system."""
+    """The throughput of a step. tokens: of prompts and answers (`perf/total_num_tokens`). sampled:
+    of answers alone, by the whole system."""
     return {
         "perf/time_per_step": seconds,
         "perf/throughput": tokens / (seconds * devices),
@@ -143,40 +147,39 @@ def speed_metrics(tokens: float, sampled: int, seconds: float, devices: int) -> 
 def batch_metrics(
     batches: Sequence[Batch], offpolicy: OffPolicyConfig, kl_coef: float
 ) -> dict[str, float]:
-    """Of the tokens that train, before any update: advantages as the loss sees them, returns,
-    rewards of tokens, the critic's values, and how far the rollouts' policy is from the old one
-    where that was recomputed."""
+    """The metrics of the tokens that train, before any update: advantages as the loss sees them,
+    returns, token rewards, the critic's values, and the distance of the rollouts' policy from the
+    old one if that was recomputed."""
     if not batches:
         return {}
     mask = np.concatenate([b.loss_mask_T for b in batches])
     advantages = _column(batches, "advantages_T")
     assert advantages is not None
     returns, values = _column(batches, "returns_T"), _column(batches, "values_T")
-    found = spread("critic/advantages", advantages[mask])
-    found |= spread("critic/returns", (advantages if returns is None else returns)[mask])
+    metrics = spread("critic/advantages", advantages[mask])
+    metrics |= spread("critic/returns", (advantages if returns is None else returns)[mask])
     if values is not None and returns is not None:
-        found |= spread("critic/values", values[mask])
-        found["critic/vf_explained_var"] = explained_variance(values[mask], returns[mask])
+        metrics |= spread("critic/values", values[mask])
+        metrics["critic/vf_explained_var"] = explained_variance(values[mask], returns[mask])
     ids = _numbered(batches)
     if (rewards := _column(batches, "rewards_T")) is not None:
-        found |= spread("critic/rewards", _per_sequence(rewards, mask, ids))
+        metrics |= spread("critic/rewards", _per_sequence(rewards, mask, ids))
     if (kl := _column(batches, "kl_T")) is not None:
         counts = _per_sequence(np.ones(len(mask)), mask, ids)
-        found["actor/reward_kl_penalty"] = float((_per_sequence(kl, mask, ids) / counts).mean())
-        found["actor/reward_kl_penalty_coeff"] = kl_coef
+        metrics["actor/reward_kl_penalty"] = float((_per_sequence(kl, mask, ids) / counts).mean())
+        metrics["actor/reward_kl_penalty_coeff"] = kl_coef
     old, behaviour = _column(batches, "old_logp_T"), _column(batches, "behaviour_logp_T")
     if old is not None and behaviour is not None:
         if offpolicy.active:
-            found |= correction(old, behaviour, mask, ids, offpolicy).metrics
+            metrics |= correction(old, behaviour, mask, ids, offpolicy).metrics
         else:
-            found |= mismatch_metrics(old, behaviour, mask, ids)
-        found |= worker_mismatch(old, behaviour, mask, _column(batches, "worker_ids_T"))
-    return found
+            metrics |= mismatch_metrics(old, behaviour, mask, ids)
+        metrics |= worker_mismatch(old, behaviour, mask, _column(batches, "worker_ids_T"))
+    return metrics
 
 
 def explained_variance(values: Array, returns: Array) -> float:
-    """1 - var(returns - values) / (var(returns) + 1e-5), both with N - 1 as in verl; 0 for fewer
-    than two tokens."""
+    """1 - var(returns - values) / (var(returns) + 1e-5), with N - 1 as in verl; 0 if N < 2."""
     if len(values) < 2:
         return 0.0
     return float(1 - np.var(returns - values, ddof=1) / (np.var(returns, ddof=1) + VARIANCE_EPS))
@@ -188,7 +191,7 @@ def _column(batches: Sequence[Batch], name: str) -> Array | None:
 
 
 def _numbered(batches: Sequence[Batch]) -> Array:
-    """Sequence ids over all batches."""
+    """[T of all batches] ids of sequences, made distinct across the batches."""
     starts = np.cumsum([0, *(len(b.sequence_lengths) for b in batches)])
     return np.concatenate(
         [b.sequence_ids_T + start for b, start in zip(batches, starts, strict=False)]
@@ -196,14 +199,14 @@ def _numbered(batches: Sequence[Batch]) -> Array:
 
 
 def _per_sequence(values: Array, mask: Array, ids: Array) -> Array:
-    """[S] sums over the loss tokens of each sequence that has any."""
+    """[sequences with loss tokens] sums over the loss tokens of each."""
     _, dense = np.unique(ids[mask], return_inverse=True)
     return np.bincount(dense, weights=values[mask])
 
 
 def check_engine_logprobs(batches: Sequence[Batch]) -> None:
-    """ValueError where not one token came with a log-prob that is a number: then nothing can train,
-    and the engines hold broken weights. Single ones cost their own tokens
+    """Raises ValueError if no token at all has a finite log-prob: then nothing can train, and the
+    engines hold broken weights. Single ones only cost their own tokens
     (`actor/nonfinite_logp`)."""
     given = [batch.behaviour_logp_T[batch.loss_mask_T] for batch in batches]
     total = sum(len(row) for row in given)
@@ -216,9 +219,9 @@ def check_engine_logprobs(batches: Sequence[Batch]) -> None:
 
 
 def averages(done: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Of a step's updates: means, the largest of maxima and the smallest of minima. Times are sums,
-    learning rates and counts the last one's; how far the rollouts' policy was is the first one's,
-    when the policy was still the old one."""
+    """The metrics of a step's updates in one: means, the largest of maxima and the smallest of
+    minima. Times are summed; learning rates and counts are the last update's; the mismatch with the
+    rollouts' policy is the first update's, when the policy was still the old one."""
     metrics = {name: _over(name, [each[name] for each in done if name in each]) for name in done[0]}
     for name, first in done[0].items():
         if name.endswith(("/lr", "/steps_skipped")):
@@ -237,19 +240,19 @@ def _over(name: str, values: Sequence[float]) -> float:
 
 
 def teacher_metrics(batches: Sequence[Batch], distill: DistillConfig) -> dict[str, float]:
-    """Of each teacher its share of the loss tokens and, where it is asked about these, its mean
-    log(policy / teacher) on them: the reverse KL to it. Tokens without a teacher are counted."""
-    found: dict[str, float] = {}
+    """For each teacher its number of loss tokens and, if it scored these, the mean of log(policy /
+    teacher) on them: the reverse KL to it. Also the number of tokens without a teacher."""
+    metrics: dict[str, float] = {}
     for batch in batches if distill.active else ():
         assert batch.teacher_ids_T is not None
         mask, old_T = batch.loss_mask_T, batch.old_logp_T
         teachers = batch.teacher_ids_T[mask]
-        found["distill/untaught_tokens"] = float((teachers < 0).sum())
+        metrics["distill/untaught_tokens"] = float((teachers < 0).sum())
         for number, name in enumerate(distill.teachers):
             own = teachers == number
-            found[f"distill/tokens/{name}"] = float(own.sum())
+            metrics[f"distill/tokens/{name}"] = float(own.sum())
             if batch.teacher_logp_T is not None and own.any():
                 old_T = batch.behaviour_logp_T if old_T is None else old_T
                 gap = (old_T - batch.teacher_logp_T)[mask][own]
-                found[f"distill/reverse_kl/{name}"] = float(gap[np.isfinite(gap)].mean())
-    return found
+                metrics[f"distill/reverse_kl/{name}"] = float(gap[np.isfinite(gap)].mean())
+    return metrics

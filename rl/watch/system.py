@@ -1,7 +1,7 @@
 """The load of a run's machines: processors, memory and, where there are any, devices.
 
-A thread of the driver looks at its own machine; on every other node an actor that takes no resource
-does. A node that does not answer is left out; nothing here can end or slow a run.
+A thread of the driver measures its own machine; on every other node an actor does that takes no
+resources. A node that does not answer is left out; nothing here can end or slow a run.
 """
 
 from __future__ import annotations
@@ -20,28 +20,27 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 ANSWER = 5.0
 """Seconds for a node to answer."""
 SMI = ("nvidia-smi", "--query-gpu=utilization.gpu,memory.used,memory.total")
-"""Reads the devices' load from outside: a context of ours would take memory of theirs."""
+"""Reads the devices' load from outside: a context of ours would take device memory."""
 
 
 class NodeLoad:
-    """Of the machine that it runs on; each call tells of the time since the last one."""
+    """Measures the machine that it runs on; `read` covers the time since the last call."""
 
     def __init__(self) -> None:
-        psutil.cpu_percent()
+        psutil.cpu_percent()  # the first call has no interval, and returns 0
         self._smi = shutil.which(SMI[0])
 
     def read(self) -> dict[str, float]:
-        """`cpu`, `memory`, `device_busy` and `device_memory` as shares of what there is (of the
-        devices: means), `memory_gib` in use."""
+        """`cpu`, `memory`, `device_busy`, `device_memory` as fractions, `memory_gib` in use."""
         memory = psutil.virtual_memory()
-        found = {
+        load = {
             "cpu": psutil.cpu_percent() / 100,
             "memory": memory.percent / 100,
             "memory_gib": (memory.total - memory.available) / 2**30,
         }
         if self._smi is not None:
-            found |= self._devices()
-        return found
+            load |= self._devices()
+        return load
 
     def _devices(self) -> dict[str, float]:
         try:
@@ -50,7 +49,8 @@ class NodeLoad:
                 command, capture_output=True, text=True, timeout=ANSWER, check=True
             ).stdout
             rows = [[float(cell) for cell in line.split(",")] for line in text.splitlines() if line]
-        except (OSError, subprocess.SubprocessError, ValueError):  # a driver in trouble: go without
+        # a driver in trouble: it is not asked again
+        except (OSError, subprocess.SubprocessError, ValueError):
             self._smi = None
             return {}
         if not rows:
@@ -62,11 +62,12 @@ class NodeLoad:
 
 
 class SystemWatch:
-    """Tells every so many seconds how loaded the machines are, until `close`."""
+    """Reports the load of the machines every so many seconds, until `close`."""
 
     def __init__(self, every: float, tell: Callable[[float, Mapping[str, float]], None]) -> None:
-        """tell: seconds since it began, and `system/NODE/...`, where 0 is the driver's node and the
-        others are counted in the order of their addresses."""
+        """every: seconds; 0: never. tell: is called with the seconds since the start and metrics
+        `system/NODE/...`; node 0 is the driver's, the others are numbered in the order of their
+        addresses."""
         self._every = every
         self._tell = tell
         self._end = threading.Event()
@@ -76,7 +77,7 @@ class SystemWatch:
             self._thread.start()
 
     def close(self) -> None:
-        """Returns soon, whatever a node does."""
+        """Ends the watch; waits at most `ANSWER` seconds for a node that does not answer."""
         self._end.set()
         if self._thread.is_alive():
             self._thread.join(ANSWER)
@@ -91,17 +92,17 @@ class SystemWatch:
             self._others = _on_other_nodes()
             while not self._end.wait(self._every):
                 waiting = {actor.read.remote(): i for i, actor in self._others.items()}
-                found = _named(0, own.read())
+                loads = _named(0, own.read())
                 refs = [*waiting]
                 done = ray.wait(refs, num_returns=len(refs), timeout=ANSWER)[0] if refs else []
                 for reference in done:
                     try:
-                        found |= _named(waiting[reference], ray.get(reference, timeout=ANSWER))
+                        loads |= _named(waiting[reference], ray.get(reference, timeout=ANSWER))
                     except ray.exceptions.RayError:  # that node is lost
                         del self._others[waiting[reference]]
                 if not self._end.is_set():
-                    self._tell(time.monotonic() - begun, found)
-        # Ray while it ends, a full disk: a run is worth more than its load
+                    self._tell(time.monotonic() - begun, loads)
+        # e.g. Ray shuts down, or the disk is full: it must not end the run
         except Exception:
             return
 

@@ -1,5 +1,4 @@
-"""`emberl top`: a run that goes on elsewhere, seen from another terminal, by what its directory
-says."""
+"""`emberl top`: follows a run from another terminal, by the files in its directory."""
 
 from __future__ import annotations
 
@@ -19,28 +18,28 @@ from .console import duration, figures, panel
 from .records import Record, read_record
 
 EVERY = 2.0
-"""Seconds between two looks."""
+"""Seconds between two updates."""
 ROWS = 40
-"""Of a job's metrics that are fetched: enough for the pace of its steps."""
+"""Rows of metrics that are read: enough for the mean time of a step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class View:
-    """What is shown of a run."""
+    """The data that is shown of a run."""
 
     name: str
     state: str
     logged: Sequence[Mapping[str, Any]]
     """The newest rows of `metrics.jsonl`."""
     steps: Mapping[str, int | None]
-    """Planned, by stage."""
+    """Stage -> its planned steps; None: unknown."""
     warning: str = ""
     age: float | None = None
     """Seconds since the newest row."""
 
 
 def view_of(record: Record) -> View:
-    """Of a run's directory here."""
+    """The view of a run from its records on this machine."""
     metrics = record.folder / "metrics.jsonl"
     alert = record.alerts[-1] if record.alerts else None
     return View(
@@ -57,7 +56,7 @@ def view_of(record: Record) -> View:
 
 
 def shown(view: View) -> RenderableType:
-    """The lines of a view."""
+    """A view as lines for rich."""
     rows = [row for row in view.logged if row["axis"] == "train"]
     if not rows:
         return Text(f"{view.name}: {view.state}; no step is done yet")
@@ -80,8 +79,8 @@ def shown(view: View) -> RenderableType:
 def watch(
     target: str, address: str | None = None, *, once: bool = False, console: Console | None = None
 ) -> None:
-    """Shows a run until it ends; `once`: as it is now. address: of the Ray job `target`.
-    `ConfigError` where there is no run."""
+    """Shows a run until it ends; with `once`, or off a terminal, as it is now. address: that of
+    Ray's job server, if `target` is a job. Raises ConfigError if there is no run."""
     console = console or Console()
     once = once or not console.is_terminal
     with _local(target) if address is None else _of_job(target, address, once) as look:
@@ -103,7 +102,7 @@ def _local(folder: str) -> Iterator[Callable[[], View]]:
 
 @contextmanager
 def _of_job(job: str, address: str, once: bool) -> Iterator[Callable[[], View]]:
-    """A second, small job reads the run's files where they are, until the block ends."""
+    """A function that reads the view of a Ray job, by a second job that follows its files."""
     from ..submit import follower
 
     script = f"tail -n {ROWS} {'' if once else '-F '}metrics.jsonl"

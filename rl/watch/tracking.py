@@ -1,5 +1,5 @@
-"""Where a run's figures go: `metrics.jsonl`, the console, Weights & Biases, sampled answers, spans,
-the learning curve."""
+"""The records of a run: `metrics.jsonl`, the console, trackers such as Weights & Biases, sampled
+answers, spans, the learning curve."""
 
 from __future__ import annotations
 
@@ -36,14 +36,16 @@ COLUMNS = (
     *("stage", "axis", "step", "source", "question", "completion", "reference", "status", "score"),
     *("tokens", "advantage"),
 )
-"""Of the trackers' table of samples, before a column for each part of the reward."""
+"""Columns of the trackers' table of samples, before one for each part of the reward."""
 
 
 class Tracker:
-    """Opened once per attempt of a run; every row names its stage and step."""
+    """Writes all records of one attempt of a run; every row has its stage and step."""
 
     def __init__(self, config: Config, run_dir: Path, console: Console) -> None:
-        self.config, self.run_dir, self.console = config, run_dir, console
+        self.config = config
+        self.run_dir = run_dir
+        self.console = console
         (run_dir / "config.yaml").write_text(to_yaml(config))
         self._file = (run_dir / METRICS).open("a")
         self._sinks = open_sinks(config, run_dir, self.note)
@@ -54,9 +56,10 @@ class Tracker:
         self.spans = Spans(run_dir / SPANS if config.tracking.spans else None)
 
     def begin(self, stage: str, step: int, steps: int) -> None:
-        """A new progress bar (plain lines where the output is not a terminal)."""
+        """Begins a stage: a new progress bar, or plain lines off a terminal."""
         self.end()
-        self._stage, self._steps = stage, steps
+        self._stage = stage
+        self._steps = steps
         self._on_console = StageConsole(self.console, stage, step, steps)
 
     def end(self) -> None:
@@ -71,8 +74,8 @@ class Tracker:
         axis: Axis = "train",
         show: Mapping[str, str] | None = None,
     ) -> None:
-        """One row; `show` are the few figures that a person watches."""
-        # JSON has no inf
+        """Logs one row. show: the few figures for the console."""
+        # JSON has no NaN and no infinities
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         row = {"stage": self._stage, "step": step, "axis": axis, **finite}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -89,16 +92,14 @@ class Tracker:
             tell(step, show or {})
 
     def _key(self, kind: str, stage: str, axis: Axis, step: int) -> str:
-        """By which the trackers know a row again that an earlier attempt sent; of several alike
-        their number tells them apart."""
+        """The key by which a row of an earlier attempt is known; equal rows are numbered."""
         key = f"{kind} {stage} {axis} {step}"
         self._rows[key] += 1
         return f"{key} {self._rows[key]}"
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """While the run does something else than steps, e.g. `saving`: on the console, and as a
-        span."""
+        """Shows that the run does something else than steps, e.g. `saving`; also a span."""
         with self.spans.span("loop", what.split()[0]):
             if self._on_console is None:
                 yield
@@ -114,8 +115,7 @@ class Tracker:
         reader: AnswerReader,
         trained: Sequence[Group] = (),
     ) -> None:
-        """Has answers kept as `tracking.rollouts` says, and a few shown by the trackers; returns
-        before that is done."""
+        """Queues answers for `rollouts` and the trackers; does not wait for the disk."""
         how, few = self.config.tracking.rollouts, self.config.tracking.samples
         if how == "none" and not few:
             return
@@ -144,20 +144,20 @@ class Tracker:
                 sink.call(lambda it: it.table(step, columns, table), key)
 
     def histograms(self, step: int, values: Mapping[str, NDArray[Any]]) -> None:
-        """How a step's figures are spread, by name."""
+        """Logs the distributions of a step's values, by name."""
         key = self._key("histograms", self._stage, "train", step)
         for sink in self._sinks:
             sink.call(lambda it: it.histograms(step, values), key)
 
     def system(self, seconds: float, metrics: Mapping[str, float]) -> None:
-        """Load of the run's machines, so long after it began."""
+        """Logs the load of the run's machines, `seconds` after its start."""
         with (self.run_dir / SYSTEM).open("a") as file:
             file.write(json.dumps({"time": time.time(), **metrics}) + "\n")
         for sink in self._sinks:
             sink.call(lambda it: it.log("system", int(seconds), metrics))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, str]]) -> None:
-        """Appends sampled answers, as read by a person, to `samples.md`."""
+        """Appends sampled answers to `samples.md` as a table."""
         if not rows:
             return
         columns: list[Any] = list(rows[0])
@@ -177,12 +177,11 @@ class Tracker:
         )
 
     def note(self, text: str) -> None:
-        """One line for the person who watches."""
+        """Prints one line on the console."""
         say(self.console, text)
 
     def alert(self, title: str, text: str) -> None:
-        """One line of warning, kept in `alerts.jsonl`, and an alert where the trackers have
-        such."""
+        """Prints a warning, appends it to `alerts.jsonl`, and alerts the trackers."""
         text = hidden(text)
         say(self.console, f"warning: {title}: {text}")
         if self._on_console is not None:
@@ -190,7 +189,7 @@ class Tracker:
         try:
             with (self.run_dir / ALERTS).open("a") as file:
                 file.write(json.dumps({"time": time.time(), "title": title, "text": text}) + "\n")
-        except OSError:  # a full disk is among what is said here
+        except OSError:  # the alert may be about a full disk
             pass
         for sink in self._sinks:
             sink.call(lambda it: it.alert(title, text))
@@ -206,7 +205,7 @@ class Tracker:
 
 
 def few_of(groups: Sequence[Group], answers: int, *, whole: bool) -> list[Group]:
-    """Groups that hold about so many answers: `whole` ones, or the first answer of each."""
+    """The first groups that hold about so many answers: whole ones, or the first answer of each."""
     if not whole:
         return [
             replace(g, completions=g.completions[:1], verdicts=g.verdicts[:1], advantages=None)
@@ -219,7 +218,7 @@ def few_of(groups: Sequence[Group], answers: int, *, whole: bool) -> list[Group]
 def sample_rows(
     groups: Sequence[Group], texts: Sequence[str], prompts: Sequence[str]
 ) -> list[dict[str, str]]:
-    """One line for each group's first completion, with its score and what it is made of."""
+    """A row for each group's first completion, with its score and the parts of that."""
     rows = []
     for group, text, prompt in zip(groups, texts, prompts, strict=True):
         verdict = group.verdicts[0]
@@ -237,7 +236,7 @@ def sample_rows(
 
 
 def _cell(text: str) -> str:
-    """The beginning and the end of a long text: the answer stands at the end."""
+    """A cell of Markdown: of a long text the beginning and the end, where the answer is."""
     if len(text) > 2 * HALF_CELL:
         text = f"{text[:HALF_CELL]} [...] {text[-HALF_CELL:]}"
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")

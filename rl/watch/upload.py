@@ -16,28 +16,28 @@ from .sinks import has_wandb_key
 
 OFFLINE = "offline-run-*"
 RESUMES = Version("0.29")
-"""From here on `wandb sync` heeds `WANDB_RESUME`; before it had an option of its own."""
+"""The version since which `wandb sync` heeds `WANDB_RESUME`; before, it had the option --append."""
 
 
 def sync(folder: Path, tell: Callable[[str], None] = print) -> int:
-    """Uploads every offline run of a run's directory, of a recipe's or of one above them; the exit
-    status. What was uploaded before is passed over. `ConfigError` where there is nothing, or no
-    key."""
-    found = sorted(
+    """Uploads every offline run of a run's directory, of a recipe's or of one above them; returns
+    the exit status. Runs that were uploaded before are skipped. Raises ConfigError if there are no
+    runs, or no key."""
+    runs = sorted(
         {
             p
             for pattern in ("wandb", "*/wandb", "*/*/wandb")
             for p in folder.glob(f"{pattern}/{OFFLINE}")
         }
     )
-    if not found:
+    if not runs:
         raise ConfigError(
             f"{folder} has no run that W&B kept offline (wandb/{OFFLINE}); runs with a key, or with"
             " tracking.wandb=online, are uploaded while they go on"
         )
-    new = [run for run in found if not list(run.glob("*.wandb.synced"))]
-    if len(new) < len(found):
-        tell(f"{len(found) - len(new)} of {len(found)} offline runs were uploaded before")
+    new = [run for run in runs if not list(run.glob("*.wandb.synced"))]
+    if len(new) < len(runs):
+        tell(f"{len(runs) - len(new)} of {len(runs)} offline runs were uploaded before")
     if not new:
         return 0
     if not has_wandb_key():
@@ -47,7 +47,7 @@ def sync(folder: Path, tell: Callable[[str], None] = print) -> int:
         )
     for run in new:
         tell(f"uploading {run}")
-        # a later sitting goes on where the earlier one ended, and does not take its place
+        # appended: the offline run of a resumed attempt has the same id as the one before it
         command = [sys.executable, "-m", "wandb", "sync", str(run)]
         command += ["--append"] if Version(version("wandb")) < RESUMES else []
         environment = os.environ | {"WANDB_RESUME": "allow"}

@@ -1,5 +1,5 @@
-"""Which way a version takes: whole or as a patch, and by what it travels. Pure decisions from
-measurements."""
+"""The choice between whole weights and patches, and of their transport, for `auto`: pure functions
+of measurements."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Mode = Literal["dense", "patch"]
 Transport = Literal["object_store", "collective", "directory"]
 
 CODING_RATE = 1e9
-"""Bytes of weights a second that a patch costs on each side, until that has been measured."""
+"""Bytes of weights a second at which each side codes a patch, until that has been measured."""
 COPY_RATE = 4e9
-"""The same of weights that come whole."""
+"""Bytes of weights a second at which weights that come whole are copied."""
 ADVANTAGE = 0.8
-"""The other way must take at most this share of the time for `auto` to change over."""
+"""`auto` changes to another way only if that takes at most this share of the current one's time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,11 +23,11 @@ class Measured:
     """The measurements by which `auto` decides; None until taken."""
 
     num_bytes: float
-    """Of the whole weights."""
+    """Bytes of the whole weights."""
     bandwidth: float | None = None
     """Bytes a second from the learners to an engine."""
     ratio: float | None = None
-    """The whole weights / a patch."""
+    """Bytes of the whole weights / bytes of a patch."""
     coding_s: float = 0.0
     """Seconds to make a patch and to apply it."""
 
@@ -39,7 +39,7 @@ class Choice:
 
 
 def choose(measured: Measured, now: Mode) -> Choice:
-    """The mode that takes less time for one version, with a bias to what is in use."""
+    """The mode that takes less time for one version, with a bias to the current one."""
     if measured.bandwidth is None:
         return Choice(mode=now, why="the link has not been measured yet")
     dense = measured.num_bytes / measured.bandwidth + measured.num_bytes / COPY_RATE
@@ -60,9 +60,9 @@ def choose(measured: Measured, now: Mode) -> Choice:
 def choose_transport(
     rates: Mapping[Transport, float], now: Transport, *, fabric: bool
 ) -> Transport:
-    """The faster of Ray's object store and the broadcast into vLLM's processes; rates: bytes a
-    second, of those that were tried. Only where vLLM has its engine for that and devices a fabric
-    of their own (`fabric`) is it tried at all."""
+    """The faster of Ray's object store and the broadcast into vLLM's processes; each is tried once.
+    rates: bytes a second of those that were tried. fabric: whether the broadcast is possible, i.e.
+    vLLM has its engine for it and the devices have a fabric of their own."""
     if not fabric:
         return "object_store"
     if now not in rates or (other := _OTHER[now]) not in rates:
@@ -74,8 +74,8 @@ _OTHER: Mapping[Transport, Transport] = {"object_store": "collective", "collecti
 
 
 def guessed_ratio(changed: float) -> float:
-    """How much smaller a patch of bfloat16 weights is, to within a factor of two, where this share
-    of them changed."""
+    """An estimate, to within a factor of two, of `Measured.ratio` for bfloat16 weights of which the
+    share `changed` has changed."""
     return 1.0 / max(1 / 5000, min(1.0, 0.7 * changed))
 
 

@@ -1,23 +1,22 @@
 """The proof that engines decode with the weights that they were sent.
 
-`Probe` compares a prefill. What decodes may read something else: a captured graph that goes on
-reading old storage, a copy packed for small batches, keys and values of older weights. So engines
-decode a canary (`rollout.weights.canary`), by the way that all tokens are decoded, and the learners
-say what the same tokens have in the canary. Three comparisons, each with a bound of its own:
+`Probe` compares a prefill. Decoding may use other weights: a captured graph that goes on reading
+old storage, a copy packed for small batches, keys and values of older weights. So engines decode
+with a canary (`rollout.weights.canary`), on the path of all tokens, and the learners compute the
+log-probs of the same tokens with it. Three comparisons, each with a bound of its own:
 
-- with the served weights: the engine's rounding, which is held to an absolute bound;
-- with the canary, read as a prompt: the update reached what prompts are computed with;
-- with the canary, decoded: it is held to what the same engine shows when it reads the same tokens,
-  so that a single tensor that only decoding left behind is told from rounding.
+- with the served weights: the engine's rounding, against an absolute bound;
+- with the canary, tokens read as a prompt: shows that the update reached the prefill;
+- with the canary, decoded: against the difference when the same engine reads the same tokens, so
+  that a single tensor that is stale only in decoding is distinguished from rounding.
 
-What one tensor that was left behind would move is computed by the learners for the tensors of one
-layer, and what is too little to be told from rounding is said.
+The learners compute the effect of a single stale tensor, for the tensors of one layer, and a line
+names those whose effect is too small to be distinguished from rounding.
 
-At the updates in between each engine decodes a few tokens and reads them (`follow`): tokens that
-are bit for bit those of an older version, or that decoding and reading give different
-probabilities, are a fault. This finds an engine that decodes with an older version as a whole
-however near that is, where results repeat bit for bit, and a part of it where it moves more than
-rounding does.
+At the updates in between each engine decodes a few tokens and reads them (`follow`): results that
+are bit for bit those of an older version, or that differ between decoding and reading, are a fault.
+This finds an engine that decodes with an older version as a whole, however near, if results repeat
+bit for bit, and a stale part of the weights if its effect is larger than rounding.
 """
 
 from __future__ import annotations
@@ -42,30 +41,29 @@ from ..learner.group import LearnerGroup
 from .probe import Level, Probe, Values
 
 LENGTHS = (24, 16, 8, 4)
-"""Tokens that are decoded of four prompts, two samples of each: as they end, batches of 8, 6, 4 and
-2 go on."""
+"""Tokens decoded for each of four prompts, two samples each: as they end, batches of 8, 6, 4 and 2
+go on, since graphs and packed copies may depend on the batch size."""
 WIDE = 32
-"""Samples at most of one more prompt, two tokens of each: a batch as large as the engine's
-slots."""
+"""Most samples of one more prompt, two tokens each: a batch as large as the engine's slots."""
 FOLLOWED = 8
 """Tokens of the first three prompts at each update."""
 READ_FACTOR, DECODE_FACTOR, READ_SHARE = 8.0, 2.0, 0.3
-"""A canary that is read may differ from the learners' by so many times what the served weights do;
-one that is decoded by so many times what reading it does. A read one may in any case differ by this
-share of the absolute tolerance: a tiny model in bfloat16 rounds nine times as much with a canary
-(0.009 nats) as with its own flat distribution (0.001)."""
+"""Bounds: reading the canary may differ from the learners by `READ_FACTOR` times the difference
+with the served weights, decoding it by `DECODE_FACTOR` times the difference when reading it.
+Reading may in any case differ by `READ_SHARE` of the absolute tolerance: a tiny model in bfloat16
+rounds nine times as much with a canary (0.009 nats) as with its own flat distribution (0.001)."""
 LEAST = {"float32": 1e-3, "float64": 1e-3}
 OTHER_LEAST = 5e-3
-"""Nats; below this nothing is a fault: log-probs of engines come in float32, of weights that were
-rounded."""
+"""Nats below which no difference is a fault: engines give log-probs in float32, of rounded
+weights."""
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def proof_requests(
     source: PromptSource, *, slots: int, longest: int, seed: int = 0
 ) -> tuple[Request, ...]:
-    """The requests that are decoded with a canary: prompts of different lengths from the first of
-    the training data. slots, longest: the engine's `max_num_seqs` and `max_model_len`."""
+    """The requests that are decoded with a canary: prompts of different lengths made of the first
+    training prompts. slots, longest: the engine's `max_num_seqs` and `max_model_len`."""
     requests = []
     lengths = [*LENGTHS, 2] if slots > 2 * len(LENGTHS) else [*LENGTHS]
     for number, wanted in enumerate(lengths):
@@ -85,7 +83,7 @@ def proof_requests(
 
 
 def followed(requests: Sequence[Request]) -> tuple[Request, ...]:
-    """The part of these that is decoded at every update."""
+    """The part of the requests that is decoded at every update."""
     return tuple(
         (prompt, 1, replace(sampling, max_tokens=min(FOLLOWED, sampling.max_tokens)))
         for prompt, _, sampling in requests[:3]
@@ -94,7 +92,7 @@ def followed(requests: Sequence[Request]) -> tuple[Request, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Effect:
-    """The effect of one tensor that is left behind."""
+    """The effect on the log-probs if one tensor is stale."""
 
     name: str
     logp: float
@@ -102,7 +100,7 @@ class Effect:
 
 
 class DecodeCheck:
-    """All engines' of a run."""
+    """Checks the decoding of all engines of a run."""
 
     def __init__(
         self,
@@ -115,8 +113,8 @@ class DecodeCheck:
         tolerance: float,
         timeout: float = 600.0,
     ) -> None:
-        """tolerance: of `Probe`. dtype: as in `model.dtype`. timeout: seconds for the proof of a
-        worker that takes a lost one's place."""
+        """tolerance: as of `Probe`. dtype: as in `model.dtype`. timeout: seconds for the proof of a
+        worker that replaces a lost one."""
         self._timeout = timeout
         self._requests = tuple(requests)
         self._learners = learners
@@ -125,17 +123,17 @@ class DecodeCheck:
         self._tolerance = tolerance
         self._least = LEAST.get(dtype, OTHER_LEAST)
         self.probe = Probe(tolerance)
-        self._bound = (
-            tolerance / 2
-        )  # of what is decoded, until a first canary says what rounding is
+        # half the tolerance until the first canary has measured the rounding of decoding
+        self._bound = tolerance / 2
         self._effects: list[Effect] | None = None
         self._unknown = False
         self.seconds = 0.0
-        """That canaries have taken so far."""
+        """Seconds that canaries have taken so far."""
 
     async def prove(self, version: int) -> dict[str, float]:
-        """Loads, decodes and takes back a canary on every worker; `ActorLostError` names one that
-        does not decode with it, or with what it served before when it is taken back."""
+        """Loads, decodes and takes back a canary on every worker; returns metrics. Raises
+        ActorLostError, with the worker, if one does not decode with it, or afterwards with the
+        weights that it served before."""
         start = time.perf_counter()
         canary = await asyncio.to_thread(self._learners.canary, version)
         proofs = await self._pool.prove(canary, self._requests)
@@ -171,9 +169,9 @@ class DecodeCheck:
         return figures | {"timing_s/canary": seconds}
 
     async def prove_fresh(self, worker: int, actor: Any) -> None:
-        """Of a worker that takes a lost one's place while the learners are between two versions:
-        with a canary, what it decodes is what it reads, and other than without it. The next version
-        is proved with the learners. WorkerLostError: it is not."""
+        """Checks a worker that replaces a lost one, without the learners, which are between two
+        versions: with a canary it must decode what it reads, and other tokens than without it. The
+        next version is proved with the learners. Raises WorkerLostError if it fails."""
         who, timeout = f"rollout worker {worker}", self._timeout
         work = actor.prove_alone.remote(self._pool.announced, self._requests)
         proof = await call(work, who=who, what="prove_alone", timeout=timeout)
@@ -183,7 +181,7 @@ class DecodeCheck:
             )
 
     def _alone(self, proof: DecodeProof) -> str | None:
-        """A fault, as far as one engine can say by itself."""
+        """The fault of an engine, found without the learners; None if there is none."""
         apart = Level.between(logprobs(proof.canary), np.concatenate(proof.read))
         limit = max(self._bound, self._least)
         if all(
@@ -199,19 +197,20 @@ class DecodeCheck:
         return other_tokens(proof)
 
     async def follow(self, version: int, changed: float | None) -> dict[str, float]:
-        """Each worker decodes a few tokens and reads them."""
+        """Has each worker decode a few tokens and read them, and compares; returns metrics. Raises
+        ActorLostError as of `Probe.check_pairs`."""
         requests = followed(self._requests)
 
-        async def pairs(found: Sequence[tuple[Completion, Values]]) -> tuple[Values, Values]:
-            decoded = np.concatenate([completion.logprobs for completion, _ in found])
-            return decoded, np.concatenate([read for _, read in found])
+        async def pairs(results: Sequence[tuple[Completion, Values]]) -> tuple[Values, Values]:
+            decoded = np.concatenate([completion.logprobs for completion, _ in results])
+            return decoded, np.concatenate([read for _, read in results])
 
         async def reload(worker: int) -> tuple[Values, Values]:
             return await pairs(await self._pool.decoded_anew(worker, requests))
 
-        found = [await pairs(each) for each in await self._pool.decoded(requests)]
+        results = [await pairs(each) for each in await self._pool.decoded(requests)]
         figures = await self.probe.check_pairs(
-            found,
+            results,
             reload,
             version=version,
             changed=changed,
@@ -230,7 +229,8 @@ class DecodeCheck:
         known: dict[tuple[Any, ...], Values],
         canary: Any = None,
     ) -> Values:
-        """The learners' log-probs of these tokens; asked once for what several workers decoded."""
+        """The learners' log-probs of these tokens, computed once if several workers decoded the
+        same."""
         key = (canary is None, *(c.token_ids.tobytes() for c in completions))
         if key not in known:
             batch = sft_batch(self._sequences(completions))
@@ -251,7 +251,8 @@ class DecodeCheck:
     def _compare(
         self, proof: DecodeProof, served: Values, expected: Values
     ) -> tuple[str | None, Level, Level]:
-        """A fault, how far what was decoded is from the learners' canary, and how far it may be."""
+        """(a fault or None, the difference of decoding from the learners with the canary, the bound
+        on it)."""
         noise = Level.between(logprobs(proof.before), served)
         read = Level.between(np.concatenate(proof.read), expected)
         decoded = Level.between(logprobs(proof.canary), expected)
@@ -280,7 +281,7 @@ class DecodeCheck:
         return fault, decoded, limits
 
     def _back(self, proof: DecodeProof, served: Values, noise: Level) -> str | None:
-        """The fault of what is decoded once the canary is taken back."""
+        """The fault in decoding after the canary was taken back; None if there is none."""
         if (fault := other_tokens(proof)) is not None:
             return fault
         again = Level.between(logprobs(proof.after), served)
@@ -295,7 +296,8 @@ class DecodeCheck:
     async def _measure(
         self, canary: Any, proof: DecodeProof, level: Level, bound: float, version: int
     ) -> None:
-        """The effect of one stale tensor, and whether it can be told from rounding."""
+        """Computes the effect of each single stale tensor of one layer, and reports which of them
+        cannot be distinguished from rounding."""
         names = last_layer(canary.powers)
         chosen = proof.canary[: 2 * len(LENGTHS)]
         batch = sft_batch(self._sequences(chosen))
@@ -325,7 +327,8 @@ class DecodeCheck:
 
 
 def other_tokens(proof: DecodeProof) -> str | None:
-    """Where what is decoded once the canary is taken back is not what was decoded before."""
+    """A description of the first token that differs after the canary was taken back; None if all
+    are the same."""
     for first, second in zip(proof.before, proof.after, strict=True):
         if first.token_ids.tolist() != second.token_ids.tolist():
             pairs = zip(first.token_ids, second.token_ids, strict=False)
@@ -339,16 +342,16 @@ def other_tokens(proof: DecodeProof) -> str | None:
 
 
 def logprobs(completions: Sequence[Completion]) -> Values:
-    """Of all tokens, in order."""
+    """[tokens of all completions] log-probs, in order."""
     return np.concatenate([completion.logprobs for completion in completions])
 
 
 def last_layer(names: Mapping[str, Any]) -> list[str]:
-    """The tensors of the last layer, whose single ones move the log-probs least, and those that are
-    in none."""
-    numbers = [int(found[1]) for name in names if (found := LAYER.search(name))]
+    """The tensors of the last layer, each of which moves the log-probs least, and those that are in
+    no layer."""
+    numbers = [int(match[1]) for name in names if (match := LAYER.search(name))]
     return [
         name
         for name in names
-        if (found := LAYER.search(name)) is None or int(found[1]) == max(numbers)
+        if (match := LAYER.search(name)) is None or int(match[1]) == max(numbers)
     ]

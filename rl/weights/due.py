@@ -1,4 +1,5 @@
-"""When engines have to prove again that they decode with what they were sent."""
+"""The decision when engines have to prove again, by a canary, that they decode with the weights
+that they were sent."""
 
 from __future__ import annotations
 
@@ -6,15 +7,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 WOKEN_SHARE = 0.05
-"""Of a run's time, for the canaries of engines that sleep and wake at every step."""
+"""Share of a run's time that canaries may take of engines that sleep and wake at every step."""
 
 
 class CanaryDue:
-    """Something may have captured or packed anew since the last proof, or that is long ago."""
+    """Decides whether a canary is due: engines may have captured graphs or packed copies anew since
+    the last one, or it was long ago."""
 
     def __init__(self, *, every: int, sleeps: bool, tell: Callable[[str], None]) -> None:
-        """every: `sync.canary_every`. sleeps: engines wake at every step. tell: of wakes without a
-        canary."""
+        """every: `sync.canary_every`. sleeps: whether engines wake at every step. tell: is called
+        about wakes without a canary."""
         self._every = every
         self._sleeps = sleeps
         self._tell = tell
@@ -26,14 +28,15 @@ class CanaryDue:
         self._woken: list[int] = []  # versions for which engines woke without a canary
 
     def check(self, version: int, *, pool_restarts: int, spent: float) -> bool:
-        """spent: seconds that canaries have taken so far."""
+        """Whether a canary is due at this version. spent: seconds that canaries have taken so
+        far."""
         if pool_restarts != self._pool_restarts:
             self.why = "a worker was replaced"
         if self._every and version - self._version >= self._every:
             self.why = f"{self._every} versions"
         if self.why is not None or not self._sleeps:
             return self.why is not None
-        # waking at every step is what colocated engines do: a bounded share of the run's time
+        # colocated engines wake at every step: a canary each time would take too much of the run
         if spent <= WOKEN_SHARE * (time.monotonic() - self._started):
             return True
         if not self._woken:
@@ -55,7 +58,7 @@ class CanaryDue:
         self._pool_restarts = pool_restarts
 
     def note(self, reports: Sequence[Mapping[str, float]]) -> None:
-        """The workers' reports of an update."""
+        """Takes in the workers' reports of an update: a restarted engine makes a canary due."""
         restarts = sum(int(report.get("engine_restarts", 0)) for report in reports)
         if restarts != self._engine_restarts:
             self._engine_restarts = restarts

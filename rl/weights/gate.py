@@ -1,10 +1,10 @@
-"""The gate on every step: over the tokens that train, engines' and learners' probabilities differ
-by rounding, and by the updates in between where rollouts run ahead, and by nothing else.
+"""The gate on every step: a check that, over the tokens that train, the probabilities of engines
+and learners differ only by rounding, and by the updates in between if rollouts run ahead.
 
-These tokens are many and were decoded on the real path, so this sees what a proof at the start
-cannot, an engine that stayed behind later. It compares probabilities, on which rare tokens weigh
-little, with the median of the versions before; the KL only warns, since a single rare token can
-make it.
+These tokens are many and were decoded on the real path, so this finds an engine that becomes stale
+later, which a proof at the start cannot. It compares probabilities, in which rare tokens have
+little weight, with the median of earlier versions; the KL only warns, since a single rare token can
+dominate it.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ KL = "rollout_corr/k3_kl"
 OF_WORKER = re.compile(rf"{MEAN}/worker_(\d+)")
 STALENESS = "sched/staleness/max"
 WARN, STOP, KL_WARN = 3.0, 8.0, 30.0
-"""Times what is expected."""
+"""Multiples of the expected difference at which there is a warning and an error, and of the
+expected KL at which there is a warning."""
 WARN_LEAST, STOP_LEAST = 0.05, 0.2
-"""Shares of the absolute tolerance below which nothing is said, and nothing stops."""
+"""Shares of the absolute tolerance below which there is no warning, and no error."""
 REMEMBERED = 32
-"""Steps whose median is expected."""
+"""Steps over which the median is taken."""
 
 
 class Gate:
-    """Sees the metrics of each step in turn."""
+    """Checks the metrics of each step in turn against those before."""
 
     def __init__(self, tolerance: float) -> None:
-        """tolerance: of `Probe`, nats."""
+        """tolerance: as of `Probe`, in nats."""
         self._tolerance = tolerance
         self._noise: deque[float] = deque(maxlen=REMEMBERED)
         self._kl: deque[float] = deque(maxlen=REMEMBERED)
         self._ahead: deque[float] = deque(maxlen=REMEMBERED)
-        """How far apart steps were whose rollouts ran ahead of the learners."""
+        """The differences of steps whose rollouts ran ahead of the learners."""
 
     def begin_stage(self) -> None:
-        """What comes is another model: what its rounding is has to be measured anew."""
+        """Forgets the measured rounding, since the next stage trains another model."""
         self._noise.clear()
         self._kl.clear()
         self._ahead.clear()
@@ -53,13 +54,13 @@ class Gate:
         moved: float | None,
         within: float = 0.0,
     ) -> dict[str, float]:
-        """`sync/gate`: how far the step's tokens are from the learners, where 1 is the threshold
-        from which there is an alarm (`Alarms`); nothing of a step without such figures.
+        """`sync/gate`: the step's difference between engines and learners, scaled so that above 1
+        there is an alarm (`Alarms`); {} for a step without these metrics.
 
-        version: that was served when the step began. moved: what one update changes of the
-        probabilities, as the probe measured it. within: updates of this step before the last of
-        its log-probs. ActorLostError past a second threshold, but only
-        of steps whose tokens are all of that version.
+        version: the one served when the step began. moved: the change of the probabilities by one
+        update, as the probe measured it. within: the updates of this step before the last of its
+        log-probs. Raises ActorLostError above a second threshold, but only for steps whose tokens
+        are all of that version.
         """
         if MEAN not in metrics:
             return {}
@@ -67,16 +68,16 @@ class Gate:
         stale = metrics.get(STALENESS, 0.0) + within
         between = max(stale * (moved or 0.0), (stale > 0) * (self._median(self._ahead) or 0.0))
         expected = self._median(self._noise)
-        # the first steps are held to the absolute bounds alone
+        # the absolute bounds are a floor; before anything was measured they are all there is
         warn = max(WARN_LEAST * self._tolerance, WARN * ((expected or 0.0) + between))
         stop = max(STOP_LEAST * self._tolerance, STOP * (expected or 0.0))
         if expected is None:
             warn, stop = self._tolerance / 2 + WARN * between, self._tolerance
         if stale > 0:
-            # how far an update of the learners' own may go is not known beforehand
+            # no error: how far the learners' own updates move these tokens is not known beforehand
             stop = math.inf
             self._ahead.append(apart)
-        if not apart <= stop:  # NaN is not
+        if not apart <= stop:  # not `apart > stop`: NaN has to fail too
             raise ActorLostError(
                 f"{worker} decoded with other weights than version {version}: the probabilities of"
                 f" the tokens that train differ from the learners' by {apart:.3g} on average, where"
@@ -96,11 +97,11 @@ class Gate:
         return {"sync/gate": figure}
 
     def _furthest(self, metrics: Mapping[str, float]) -> tuple[str, float]:
-        """Who is furthest from the learners, and how far."""
+        """(the worker that differs most from the learners, its difference); NaN is the largest."""
         workers = {
-            f"rollout worker {found[1]}": value
+            f"rollout worker {match[1]}": value
             for name, value in metrics.items()
-            if (found := OF_WORKER.fullmatch(name))
+            if (match := OF_WORKER.fullmatch(name))
         }
         if not workers:
             return "the only rollout worker", metrics[MEAN]

@@ -1,4 +1,4 @@
-"""Files of weight patches: what is in one, and the weights that a row of them makes."""
+"""Files of weight patches: inspection of one, and the weights that a chain of them leads to."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from ...rollout.weights.transport import list_patches
 from ...rollout.weights.wire_format import from_bytes
 
 BROKEN = (CorruptPatchError, DigestMismatchError, VersionError, ValueError, OSError, MemoryError)
-"""Errors of a file or of the order of several; each message names the file or the tensor."""
+"""Errors of a file, or of the order of several; each message names the file or the tensor."""
 
 
 def examine(file: Path) -> dict[str, Any]:
-    """A patch's header and what it changes in each tensor. Verifies every checksum; of an anchor
-    also the digests of the weights that it makes. Raises one of `BROKEN`."""
+    """A patch's header and its changes to each tensor, as JSON values. Verifies every checksum, and
+    of an anchor also the digests of its weights. Raises one of `BROKEN`."""
     patch = from_bytes(file.read_bytes())
     for name, delta in patch.deltas.items():
         for number, chunk in enumerate(delta.chunks):
@@ -40,7 +40,7 @@ def examine(file: Path) -> dict[str, Any]:
     if patch.base_version is None:
         materialise(patch, None)
     stats, size = tensor_stats(patch), file.stat().st_size
-    num_bytes = sum(found.elements * element_bytes(found.name, found.dtype) for found in stats)
+    num_bytes = sum(each.elements * element_bytes(each.name, each.dtype) for each in stats)
     return {
         "status": "ok",
         "run_id": patch.run_id,
@@ -51,24 +51,24 @@ def examine(file: Path) -> dict[str, Any]:
         "file_bytes": size,
         "weight_bytes": num_bytes,
         "ratio": num_bytes / size,
-        "changed": sum(found.changed for found in stats),
+        "changed": sum(each.changed for each in stats),
         "unchanged_tensors": len(patch.digests) - len(stats),
-        "tensors": [asdict(found) for found in stats],
+        "tensors": [asdict(each) for each in stats],
     }
 
 
-def describe(found: dict[str, Any]) -> Iterator[str]:
-    """`examine` for a person."""
-    anchor = found["base_version"] is None
-    kind = "anchor" if anchor else f"patch on version {found['base_version']}"
-    yield f"{kind} to version {found['version']} of run {found['run_id']}"
-    yield f"root {found['root']}" + ("" if anchor else f", of the base {found['base_root']}")
+def describe(patch: dict[str, Any]) -> Iterator[str]:
+    """The result of `examine` as lines of text."""
+    anchor = patch["base_version"] is None
+    kind = "anchor" if anchor else f"patch on version {patch['base_version']}"
+    yield f"{kind} to version {patch['version']} of run {patch['run_id']}"
+    yield f"root {patch['root']}" + ("" if anchor else f", of the base {patch['base_root']}")
     yield (
-        f"{found['file_bytes']:,} bytes for {found['weight_bytes']:,} bytes of weights in"
-        f" {len(found['tensors'])} tensors ({found['ratio']:.1f}x); {found['changed']:,} elements"
-        f" change; {found['unchanged_tensors']} tensors stay as they are"
+        f"{patch['file_bytes']:,} bytes for {patch['weight_bytes']:,} bytes of weights in"
+        f" {len(patch['tensors'])} tensors ({patch['ratio']:.1f}x); {patch['changed']:,} elements"
+        f" change; {patch['unchanged_tensors']} tensors stay as they are"
     )
-    for row in found["tensors"]:
+    for row in patch["tensors"]:
         share = row["changed"] / max(1, row["elements"])
         modes = ", ".join(f"{count} {mode}" for mode, count in sorted(row["modes"].items()))
         shape = " x ".join(map(str, row["shape"]))
@@ -82,8 +82,8 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
 def rebuild(
     given: Sequence[Path], out: Path, *, version: int | None = None, model: Path | None = None
 ) -> Weights:
-    """Writes the checkpoint that the files lead to; `model`: where its config and tokenizer are
-    copied from. Raises one of `BROKEN`."""
+    """Writes the checkpoint that the files lead to; returns its weights. model: the directory from
+    which config and tokenizer are copied. Raises one of `BROKEN`."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; name a new directory")
     weights = replay(given, version)
@@ -97,8 +97,8 @@ def rebuild(
 
 
 def replay(given: Sequence[Path], version: int | None = None) -> Weights:
-    """The weights after the last of these patches, or at `version`. The first may be a model's
-    directory; a directory of patches stands for all its files."""
+    """The weights after the last of these patches, or at `version`. The first path may be a model's
+    directory; a directory of patches stands for all its files. Raises one of `BROKEN`."""
     base, *others = given
     weights = _model(base) if base.is_dir() and not list_patches(base) else None
     files = list(_expand(others if weights is not None else given))
@@ -130,7 +130,7 @@ def replay(given: Sequence[Path], version: int | None = None) -> Weights:
 def _follow(weights: Weights | None, patch: WeightPatch) -> Weights:
     if patch.base_version is None:
         return advance(None, materialise(patch, None))
-    # a model's files do not know their version; their digests tell
+    # a model's files have no version: it is taken for the patch's base, which the digests verify
     if weights is not None and weights.version < 0:
         weights = Weights(
             run_id=patch.run_id,

@@ -33,10 +33,10 @@ def inspect(
     from .history import BROKEN, describe, examine
 
     try:
-        found = examine(file)
+        examined = examine(file)
     except BROKEN as error:
         _fail(f"{file}: {error}")
-    print(json.dumps(found) if as_json else "\n".join(describe(found)))
+    print(json.dumps(examined) if as_json else "\n".join(describe(examined)))
 
 
 @app.command(
@@ -88,7 +88,7 @@ def apply(
 
 
 def _fail(message: str) -> Any:
-    """One line for a person on stderr, one JSON line on stdout, and a status that is not zero."""
+    """Prints one line on stderr and one JSON line on stdout, and exits with status 1."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     print(json.dumps({"status": "error", "error": message}), flush=True)
     raise typer.Exit(FAILED)

@@ -1,23 +1,23 @@
-"""The end-to-end proof of a new version: engines and learners give the same tokens the same
+"""The end-to-end check of a new version: engines and learners must give the same tokens the same
 log-probs.
 
 Digests prove which bytes an engine holds, not that it computes with them: a packed copy of older
 weights, a cache that outlived them or weights laid out for other kernels pass every digest.
 
-Engines and learners multiply with different kernels, so their log-probs differ by rounding, and by
-how much depends on the model: on a 135M model in bfloat16 by 0.05 nats on average, by 1 and more
-for rare tokens, in float32 by 1e-5. So the first version, held to an absolute bound alone, shows
-how large the noise is, and later ones are held against the median of all before them. Two figures
-are compared, both blind to the few rare tokens that make a plain average jump: the mean difference
-of the log-probs of the three quarters of the tokens that differ least, and the mean difference of
-the probabilities.
+Engines and learners multiply with different kernels, so their log-probs differ by rounding. How
+much depends on the model: on a 135M model in bfloat16 by 0.05 nats on average, by 1 and more for
+rare tokens, in float32 by 1e-5. So the first version, for which only an absolute bound holds,
+measures the noise, and later ones are compared with the median of all before them. Two figures are
+compared, both insensitive to the few rare tokens that dominate a plain mean: the mean difference of
+the log-probs of the three quarters of the tokens that differ least, and the mean difference of the
+probabilities.
 
-What is found, and what is not. Found: whatever moves the log-probs by more than about twice the
-noise of so many tokens, and an engine that goes on computing with any earlier version as a whole,
-however near, where its results repeat bit for bit (on a CPU they do). Not found: a part of the
-weights that is stale, while what it would change is smaller than the noise. In float32 one step of
-one tensor is well above it; in bfloat16 a single stale layer stayed below it for the sixty steps of
-lr=1e-5 that were tried, as may a slow drift that is spread over hundreds of versions.
+Detected are faults that move the log-probs by more than about twice the noise of so many tokens,
+and an engine that goes on computing with any earlier version as a whole, however near, if its
+results repeat bit for bit (on a CPU they do). Not detected is a stale part of the weights whose
+effect is smaller than the noise. In float32 one step of one tensor is well above it; in bfloat16 a
+single stale layer stayed below it for the sixty steps of lr=1e-5 that were tried, as may a slow
+drift that is spread over hundreds of versions.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ Values = NDArray[np.floating[Any]]
 
 TOLERANCE = {"float32": 0.01, "float64": 0.01}
 OTHER_TOLERANCE = 0.1
-"""The absolute bound on the log-probs' figure, for the first version and for every later one; on
-that of the probabilities it is half of this."""
+"""The absolute bound on `Level.logp`, for the first version and for every later one; on `Level.p`
+it is half of this."""
 NEAR = 0.75
-"""Share of the tokens, of those that differ least, whose log-probs are compared."""
+"""Share of the tokens, those that differ least, whose log-probs are compared."""
 FACTOR, FACTOR_TOKENS = 1.75, 50.0
-"""A figure of N tokens may be FACTOR + FACTOR_TOKENS / N times the median of the versions before:
+"""A level of N tokens may be FACTOR + FACTOR_TOKENS / N times the median of the versions before:
 2.1 at 127 tokens, where 77 versions of a 135M model in bfloat16 (AdamW, lr=1e-5) stayed below
 1.4."""
 FIRST_FACTOR = 0.5
-"""So much wider while the median is of one version, a half of it of two, ..."""
+"""After n versions the bound is wider by this / n."""
 LEAST, SLACK, MOST_LOGP, MOST_P = 1e-4, 100.0, 0.03, 0.01
-"""Below 100 times the first version's figures (within 1e-4 and these) nothing is an alarm: noise
-grows as a small model becomes sure of its answers."""
+"""The bound is at least `LEAST`, and at least `SLACK` times the first version's level but at most
+`MOST_LOGP` and `MOST_P`: noise grows as a small model becomes sure of its answers."""
 SETTLED = 8
-"""How many versions a level that was measured in an earlier attempt stands for."""
+"""Number of versions for which a level measured in an earlier attempt counts."""
 REMEMBERED = 256
-"""Versions whose results are kept, to know them again."""
+"""Versions whose results are kept, to recognise an engine that repeats them."""
 
 
 def probe_ids(source: PromptSource, count: int) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ def probe_ids(source: PromptSource, count: int) -> tuple[int, ...]:
 
 
 def as_batch(token_ids: Sequence[int]) -> Batch:
-    """One sequence of which every token but the first counts."""
+    """A batch of one sequence in which every token but the first is a loss token."""
     size = len(token_ids)
     zeros = np.zeros(size, np.float32)
     return Batch(
@@ -84,8 +84,8 @@ def as_batch(token_ids: Sequence[int]) -> Batch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Level:
-    """How far two computations of the same log-probs are apart; NaN where either is not a
-    number."""
+    """The difference between two computations of the same log-probs; `logp` is NaN if any of them
+    is not finite."""
 
     logp: float
     """Mean |difference| in nats of the three quarters of the tokens that differ least."""
@@ -94,6 +94,7 @@ class Level:
 
     @classmethod
     def between(cls, found: Values, expected: Values) -> Level:
+        """The level of two [N] arrays of log-probs."""
         apart = np.abs(found.astype(np.float64) - expected)
         near = np.sort(apart)[: max(1, int(NEAR * len(apart)))]
         probabilities = np.abs(
@@ -105,15 +106,16 @@ class Level:
         )
 
     def within(self, bound: Level) -> bool:
-        return self.logp <= bound.logp and self.p <= bound.p  # NaN is not
+        return self.logp <= bound.logp and self.p <= bound.p  # False for NaN
 
 
 class Probe:
-    """Holds every version against the noise of those before it."""
+    """Compares engines and learners at every version, with a bound from the noise of those before
+    it."""
 
     def __init__(self, tolerance: float, level: Level | None = None) -> None:
-        """tolerance: the absolute bound. level: the noise that an earlier attempt of the run has
-        measured."""
+        """tolerance: the absolute bound, in nats. level: the noise measured by an earlier attempt
+        of the run."""
         self._tolerance = tolerance
         self._levels: list[Level] = [] if level is None else [level] * SETTLED
         self._seen: dict[bytes, tuple[int, Values]] = {}
@@ -129,7 +131,7 @@ class Probe:
         )
 
     def begin_stage(self) -> None:
-        """The next version is another model by a whole stage: what the noise was is forgotten."""
+        """Forgets the noise, since the next version is a whole stage later, another model."""
         self._levels.clear()
 
     async def check(
@@ -141,12 +143,13 @@ class Probe:
         version: int,
         changed: float | None = None,
     ) -> dict[str, float]:
-        """Compares the learners' log-probs [N] with each worker's; returns figures of the
+        """Compares the learners' log-probs [N] with each worker's; returns metrics of the
         differences.
 
-        reload: has a worker load everything once more and gives its log-probs then. ActorLostError
-        where they differ still. changed: the share of the weights that is new in this version;
-        None: unknown. ValueError where the learners' own are no numbers: that is no engine's fault.
+        reload: makes a worker load everything once more, and returns its log-probs then. changed:
+        the share of the weights that this version changes; None: unknown. Raises ActorLostError if
+        they differ after a reload too, and ValueError if the learners' own are not finite, which is
+        no engine's fault.
         """
         wrong = int(np.count_nonzero(~np.isfinite(expected)))
         if wrong:
@@ -172,8 +175,8 @@ class Probe:
         what: str = "compute with",
         other: str = "theirs",
     ) -> dict[str, float]:
-        """The same of each worker's log-probs [N] and those that they are to be. what, other: as
-        the error calls what the worker does not do, and what it is compared with."""
+        """As `check`, of pairs (a worker's log-probs [N], the expected ones). what, other: words
+        for the error: what the worker does not do, and what it is compared with."""
         results, reloads = list(found), 0
         for worker, pair in enumerate(results):
             bound = self._bound(len(pair[1]))
@@ -249,7 +252,7 @@ class Probe:
 
 
 def tolerance_of(dtype: str) -> float:
-    """For weights served in `dtype` (as in `model.dtype`)."""
+    """The absolute tolerance in nats for weights served in `dtype` (as in `model.dtype`)."""
     return TOLERANCE.get(dtype, OTHER_TOLERANCE)
 
 

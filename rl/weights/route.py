@@ -1,5 +1,5 @@
-"""The way that versions take to the engines: whole or as patches, through which transport; chosen
-by what was measured where `sync.mode` or `sync.transport` is auto."""
+"""The mode and transport of versions to the engines, chosen by measurements if `sync.mode` or
+`sync.transport` is auto."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from ..learner.publisher import Published
 from .choice import Measured, Mode, Transport, choose, choose_transport, guessed_ratio
 
 BROADCAST_TIMEOUT = 60.0
-"""Seconds at most, after which a worker takes the bytes from Ray's object store instead."""
+"""Most seconds that a worker waits for a broadcast before it fetches the version from Ray's object
+store."""
 
 
 class Route:
-    """Of a run."""
+    """The current mode and transport of a run, and the measurements behind them."""
 
     def __init__(
         self,
@@ -37,7 +38,7 @@ class Route:
     ) -> None:
         """As of `WeightSync`."""
         self._settings = settings = config.sync
-        # vLLM's weight-transfer engine by which the processes of each engine take a broadcast
+        # the weight-transfer engine of vLLM by which an engine's processes receive broadcasts
         self._backend = transfer_backend(config.rollout.engine_args)
         self._ranks = config.rollout.cards
         self._fabric = fabric
@@ -56,15 +57,15 @@ class Route:
 
     @property
     def into_engines(self) -> bool:
-        """Whether versions go into the engines' processes: whole ones only, and where all change at
-        once (engines that are updated one after another cannot receive together), and where every
-        worker is there: a broadcast waits for all that it counts."""
+        """Whether versions are broadcast into the engines' processes: only whole ones, and only
+        while every worker is there, since a broadcast waits for all members. (`WeightSync` uses it
+        only if all engines change at once.)"""
         into = self.transport == "collective" and self.mode == "dense" and bool(self._backend)
         return into and not self._pool.gone
 
     def next_broadcast(self) -> Broadcast:
-        """Of the group that stands, or of a new one where a worker was replaced or the last
-        broadcast failed."""
+        """The next broadcast of the current group, or of a new one if a worker was replaced or the
+        last broadcast failed."""
         timeout = min(self._settings.timeout / 4, BROADCAST_TIMEOUT)
         if self._group is None or self._pool.restarts != self._restarts:
             workers = len(self._pool.workers)
@@ -75,9 +76,10 @@ class Route:
         return Broadcast(group=self._group, number=self._broadcasts - 1, timeout=timeout)
 
     async def end_broadcast(self, sending: Any) -> None:
+        """Waits until the learners have sent; a failure only ends the group."""
         try:
             await asyncio.wait_for(sending, self._settings.timeout)
-        # the workers had another place to take the bytes from
+        # no error: the workers have fetched the version from the object store instead
         except (ray.exceptions.RayError, TimeoutError) as error:
             self._group = None
             self._tell(
@@ -85,7 +87,7 @@ class Route:
             )
 
     def learn(self, published: Published, reports: Sequence[Mapping[str, float]]) -> None:
-        """Takes the measurements of one version and decides about the next."""
+        """Takes in the measurements of one version, and chooses mode and transport of the next."""
         now = self.measured or Measured(num_bytes=float(published.num_bytes))
         rates = [
             r["wire_bytes"] / r["transfer_s"]

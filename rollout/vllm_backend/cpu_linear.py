@@ -1,10 +1,10 @@
-"""On a CPU vLLM multiplies by oneDNN's copies of matrices, which it makes when a layer is loaded
-and whose memory nobody is told of. In its workers torch makes these copies instead, with the same
-oneDNN: the products are the same, bit for bit, and torch says where a copy lies, so that an update
-can write into it.
+"""Packed matrices of vLLM on a CPU, made by torch so that updates can be written into them.
 
-vLLM chooses itself which matrices that is (`dispatch_cpu_unquantized_gemm`): two functions of its
-`_custom_ops` are stood in for, from 0.23 to 0.32 the same.
+On a CPU vLLM multiplies by oneDNN's packed copies of matrices, which it makes when a layer is
+loaded and whose memory it does not expose. Here two functions of its `_custom_ops`, the same from
+0.23 to 0.32, are replaced, so that torch makes these copies, with the same oneDNN: the products are
+bit for bit the same, and torch exposes a copy's memory. vLLM itself chooses the matrices
+(`dispatch_cpu_unquantized_gemm`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ..embedded import packed as onednn
 from ..embedded.matrix import packable
 
 COPIES: dict[int, Tensor] = {}
-"""Number -> copy, as long as its `Copy` lives."""
+"""`Copy.number` -> packed matrix, as long as that `Copy` lives."""
 
 
 class Copy:
-    """Stands for vLLM's handle of a copy of a [rows, columns] matrix."""
+    """A packed copy of a [rows, columns] matrix, in place of vLLM's handle of one."""
 
     made = 0
 
@@ -33,8 +33,10 @@ class Copy:
         self.packed = onednn.pack(weight)
         self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
         self.dtype = weight.dtype
-        self.n, self.k = self.shape
-        # as a tensor, which vLLM's compiler takes as an input and not as a constant
+        # n and k as vLLM's handle names them
+        self.n = self.shape[0]
+        self.k = self.shape[1]
+        # a tensor, since vLLM's compiler would bake a number into the graph as a constant
         self.handler_tensor = torch.tensor(self.number, dtype=torch.int64)
         COPIES[self.number] = self.packed
 
@@ -43,15 +45,15 @@ class Copy:
 
 
 def copy_of(layer: Any) -> Copy | None:
-    """The copy that a layer of vLLM's multiplies by; None if it multiplies by something else."""
+    """The packed copy by which a layer of vLLM multiplies; None if it uses something else."""
     closure = getattr(getattr(layer, "cpu_linear", None), "__closure__", None) or ()
-    found = [cell.cell_contents for cell in closure if isinstance(cell.cell_contents, Copy)]
-    return found[0] if found else None
+    copies = [cell.cell_contents for cell in closure if isinstance(cell.cell_contents, Copy)]
+    return copies[0] if copies else None
 
 
 def install() -> None:
-    """In a worker, before it loads a model. Does nothing where vLLM or torch have no such
-    products."""
+    """Replaces vLLM's functions; call it in a worker before it loads a model. Does nothing if vLLM
+    has no such functions, or if it was called before."""
     try:
         ops: Any = importlib.import_module("vllm._custom_ops")
         create, multiply = ops.create_onednn_mm, ops.onednn_mm
@@ -79,7 +81,7 @@ def install() -> None:
         made: Tensor = multiply(handler, x, bias)
         return made
 
-    # what is defined lasts as long as its library
+    # kept alive here: the operator is removed with its library
     create_onednn_mm.emberl = library  # type: ignore[attr-defined]
     ops.create_onednn_mm = create_onednn_mm
     ops.onednn_mm = onednn_mm

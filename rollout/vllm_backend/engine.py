@@ -10,22 +10,23 @@ The same protocol as `EmbeddedEngine`. Choices that a user can see:
   the last whole block for each sample.
 - Log-probs are `processed_logprobs`: of the distribution really sampled (`samples.Sampling`). A
   temperature of 0 is greedy; the log-prob is then that of the untempered model.
-- Stop strings are found here, in the tokens as they come, by the embedded engine's rule; the
-  request is then aborted and what vLLM decoded beyond the string is dropped.
-- An update in flight keeps the key-value cache: a sequence goes on with what the old weights made
-  of its older tokens (as in PipelineRL, arXiv 2509.19128). What has no token yet starts anew, and
-  each version looks prompts up under a salt of its own, so no prompt is ever continued from another
-  version's cache.
-- What is served is proved twice: a patch's digests are compared before anything changes, and each
-  process of the engine answers with the digests of the bytes that it loaded. Between the two
+- Stop strings are matched here, in the tokens as they come, by the embedded engine's rule; the
+  request is then aborted, and tokens that vLLM decoded beyond the string are dropped.
+- An update in flight keeps the key-value cache: a sequence goes on with the keys and values that
+  the old weights computed for its older tokens (as in PipelineRL, arXiv 2509.19128). Samples
+  without a token yet are restarted, and each version looks prompts up under a salt of its own, so
+  no prompt is ever continued from another version's cache.
+- The served weights are verified twice: a patch's digests are compared before anything changes, and
+  each process of the engine answers with the digests of the bytes that it loaded. Between the two
   nothing is decoded. Bytes that differ are loaded once more; if they differ again the engine serves
-  nothing until a whole patch comes. What is written in place is compared and read back while
-  decoding stands still; an audit follows beside it, and what ends meanwhile is handed out after it.
-- Weights reach vLLM's processes through a mirror of ours, or whole from the learners by vLLM's own
-  weight transfer (`native`).
-- An engine whose processes end, or from which nothing comes within its deadline, is started anew,
-  loads the version that was served, and gets the unfinished samples again, up to `max_restarts`
-  times.
+  nothing until a whole patch comes. Elements written in place are compared and read back while
+  decoding is paused; an audit runs beside decoding afterwards, and samples that end meanwhile are
+  handed out after it.
+- Weights reach vLLM's processes through shared memory (`shared_memory.Mirror`), or whole from the
+  learners by vLLM's own weight transfer (`transfer`).
+- An engine whose processes end, or from which no token comes within its deadline, is restarted: it
+  loads the version that was served, and its unfinished requests are re-submitted, up to
+  `max_restarts` times.
 """
 
 from __future__ import annotations
@@ -56,13 +57,13 @@ from .server import RunningServer
 ABORT_AGAIN = 0.1
 """Seconds after which an abort is repeated for requests that were still on their way to vLLM."""
 LOOK = 0.5
-"""Seconds between two looks at whether tokens come."""
+"""Seconds between two checks of the watchdog."""
 SLOWEST = 1.0
-"""Seconds that a token of a sample which is being decoded may take on average."""
+"""Most seconds that a token of a running sample may take on average."""
 
 
 class VLLMEngine:
-    """Implements `Engine`. To be used on one event loop."""
+    """Implements `Engine` on vLLM. To be used on one event loop."""
 
     takes_changes = True
 
@@ -79,17 +80,17 @@ class VLLMEngine:
     ) -> None:
         """A Hub id as `settings.model` needs version -1.
 
-        run_id, version: as of `EmbeddedEngine`. deadline_s: the longest that one step of a weight
-        update, a pause or an abort may take, and that no token may come while some are asked for; a
-        sample has that and a second for each token it asks, from its first. server: the address of
-        a running vLLM to use instead of starting one (`vllm_server`), with a directory that both
-        see, if they are on two machines. ValueError and EngineLostError: `process.start`,
+        run_id, version: as of `EmbeddedEngine`. deadline_s: the longest time for one step of a
+        weight update, a pause or an abort, and without any token while samples run; a sample has,
+        from its first token, that and `SLOWEST` for each token it may have. server: the address of
+        a running vLLM to use instead of starting one (`server.py`), with a directory that both see
+        if they are on two machines. Raises ValueError and EngineLostError as of `process.start` and
         `server.connect`.
         """
         self._settings = settings
         self._deadline = deadline_s
         self.sent: dict[str, LiveSample] = {}
-        """By request id, those that vLLM has."""
+        """Request id -> sample, of the requests that vLLM has now."""
         self._weights = ServedWeights(
             self._settings,
             self,
@@ -100,7 +101,7 @@ class VLLMEngine:
             server=server,
             servers_directory=servers_directory,
         )
-        # who may update or restart; first come, first served
+        # held by an update or a restart, so that only one changes the weights at a time
         self._turn = asyncio.Lock()
         self._closed = False
         self._ids = itertools.count()
@@ -111,7 +112,7 @@ class VLLMEngine:
         self._rescue: asyncio.Task[None] | None = None
         self._served_s = 0.0
         self.tokens_decoded = 0
-        """Of all samples so far."""
+        """Tokens of all samples so far."""
 
     @property
     def version(self) -> int:
@@ -127,7 +128,7 @@ class VLLMEngine:
 
     @property
     def restarts(self) -> int:
-        """How often vLLM's processes were started anew."""
+        """Number of restarts of vLLM's processes."""
         return self._weights.processes.restarts
 
     @property
@@ -137,7 +138,7 @@ class VLLMEngine:
 
     @property
     def pause_s(self) -> float:
-        """Seconds for which decoding stood still at the last update."""
+        """Seconds for which decoding was paused by the last update."""
         return self._weights.pause_s
 
     @property
@@ -145,7 +146,7 @@ class VLLMEngine:
         return self._weights.processes.llm
 
     def digests(self) -> dict[str, str]:
-        """name -> xxh3-128 of the bytes that the engine was given to serve."""
+        """name -> xxh3-128 of the bytes in the mirror, from which the processes load."""
         return self._weights.mirror.digests()
 
     # The protocol `Engine`.
@@ -176,7 +177,7 @@ class VLLMEngine:
                 if outcome.finish_reason != "abort":
                     yield outcome
         finally:
-            for task in tasks:  # if the consumer went away, decode no further for it
+            for task in tasks:  # still running only if the consumer went away: decode no further
                 task.cancel()
 
     async def apply(self, patch: WeightPatch) -> int:
@@ -213,7 +214,7 @@ class VLLMEngine:
     async def canary(self, canary: Canary | None) -> None:
         async with self._turn:
             self._check_serving()
-            if self._tasks:  # those that have just ended; nobody else may ask for anything
+            if self._tasks:  # only those that have just ended: a canary runs without other samples
                 await asyncio.wait(list(self._tasks), timeout=self._deadline)
             assert not self._tasks, "a canary is decoded by itself"
             await self._weights.load_canary(canary)
@@ -255,7 +256,7 @@ class VLLMEngine:
     async def _serve(self, sample: LiveSample) -> None:
         try:
             outcome: Completion | BaseException = await self._decode(sample)
-        except Exception as error:  # it belongs to those who wait for the tokens
+        except Exception as error:  # raised in `generate_all`, which waits for the tokens
             outcome = error
         await self._weights.audited.wait()
         if isinstance(outcome, Completion) and outcome.finish_reason == "abort":
@@ -307,13 +308,14 @@ class VLLMEngine:
                 ending.add_done_callback(self._endings.discard)
 
     async def _end_early(self, request_id: str) -> None:
-        """Of a sample that has its stop string, and would go on. What is lost or refused here, who
-        waits for it finds out."""
+        """Aborts a sample that has its stop string. An error is left to the request itself, which
+        fails too."""
         with suppress(EngineLostError, RuntimeError):
             await self._llm.abort([request_id])
 
     async def _look(self) -> None:
-        """While there is something to decode: does it go on?"""
+        """The watchdog: replaces an engine from which no token comes, or of which a sample takes
+        too long. Time counts only while the engine serves. Ends when there are no samples."""
         came, since = self.tokens_decoded, self._served_s
         while self._tasks:
             await asyncio.sleep(LOOK)
@@ -343,19 +345,21 @@ class VLLMEngine:
     # Losses.
 
     async def _lost(self, llm: RunningLLM | RunningServer, error: EngineLostError) -> None:
-        """Returns when `llm` has been replaced, or cannot be."""
+        """Has `llm` replaced once, whoever reports its loss; returns when that is done or has
+        failed."""
         if self._rescue is None or self._rescue.done():
             self._rescue = asyncio.create_task(self._replace(llm, error))
-        await asyncio.shield(self._rescue)  # a consumer that goes away must not stop it half-way
+        # shielded: a consumer that goes away must not cancel a restart that others wait for
+        await asyncio.shield(self._rescue)
 
     async def _replace(self, llm: RunningLLM | RunningServer, error: EngineLostError) -> None:
         async with self._turn:
             if llm is self._llm and not self._closed and self._weights.corrupt is None:
-                with suppress(Exception):  # every stream has it by now
+                with suppress(Exception):  # `reconcile` has ended every stream with it
                     await self._weights.reconcile_served(lost=error)
 
     async def fail(self, error: Exception) -> None:
-        """Ends every stream with `error` and takes its requests back from vLLM."""
+        """Ends every stream with `error` and cancels its requests."""
         for task, sample in list(self._tasks.items()):
             sample.outcomes.put_nowait(error)
             task.cancel()

@@ -1,7 +1,7 @@
-"""vLLM's processes as holders of the weights: the steps of a change, in the order of `LEGAL`, and
-new processes where the old ones are lost.
+"""vLLM's processes as holders of the weights: the steps of an update, in the order of `LEGAL`, and
+their restart.
 
-Nothing here knows which version is served; `ServedWeights` does.
+Which version is served is known to `ServedWeights` alone.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ T = TypeVar("T")
 
 
 class Requests(Protocol):
-    """The requests under way, as far as a change of weights concerns them."""
+    """The interface of the engine's requests that an update needs."""
 
     sent: dict[str, LiveSample]
-    """By request id, those that vLLM has."""
+    """Request id -> sample, of the requests that vLLM has now."""
 
     def count(self, request_id: str, token_ids: Sequence[int]) -> None:
-        """These tokens have come."""
+        """Notes tokens that have come."""
         ...
 
     async def fail(self, error: Exception) -> None:
-        """Ends every stream."""
+        """Ends every stream with `error`."""
         ...
 
 
 class Processes:
-    """One engine's. To be used on one event loop."""
+    """The processes of one engine. To be used on one event loop."""
 
     def __init__(
         self,
@@ -67,9 +67,10 @@ class Processes:
         self.in_place = InPlace(mirror, servers_directory, self.call, deadline_s)
         self.restarts = 0
         self.joined: BroadcastGroup | None = None
-        """The group in which the learners and these processes are."""
+        """The broadcast group that these processes have joined; None: none."""
         self.salt = 0
-        """Prompts are looked up in vLLM's cache under it."""
+        """The salt under which prompts are looked up in vLLM's prefix cache; one for each
+        version."""
         self._start(version)
 
     def _start(self, version: int) -> None:
@@ -85,8 +86,8 @@ class Processes:
         self.joined = None
 
     async def restart(self, error: Exception, version: int) -> None:
-        """New processes, which hold what `model` holds; RuntimeError with the old ones' last words
-        if none are allowed."""
+        """Starts new processes, which hold the weights in the model's directory. Raises
+        RuntimeError, with the last lines of the old ones' log, if no more restarts are allowed."""
         for sample in list(self._requests.sent.values()):
             sample.take_back()
         last = " | ".join(self.llm.last_lines())
@@ -100,8 +101,8 @@ class Processes:
         await asyncio.to_thread(self._start, version)
 
     def give_up_graphs(self, error: MovedError) -> None:
-        """The processes that are started next capture none: a load of theirs would move tensors
-        again. Nobody lost these, so the start counts for nothing. `error` where that is no help."""
+        """Makes the next processes capture no graphs, since their loads would move tensors again.
+        Raises `error` if that does not help: the engine runs eagerly already, or is a server."""
         if self._server or self._settings.engine_args.get("enforce_eager"):
             raise error
         warnings.warn(
@@ -110,7 +111,7 @@ class Processes:
         )
         own = {**self._settings.engine_args, "enforce_eager": True}
         self._settings = replace(self._settings, engine_args=own)
-        self._max_restarts += 1
+        self._max_restarts += 1  # these processes were not lost, so their restart is not counted
 
     async def pause(self) -> None:
         with self.order.step("pause"):
@@ -121,7 +122,7 @@ class Processes:
             await self._within("resume", self.llm.resume())
 
     async def sleep(self, level: int) -> None:
-        """Nothing may be under way."""
+        """Puts the processes to sleep; no request may be running."""
         if self.order.state == "serving":
             await self.pause()
         with self.order.step("sleep"):
@@ -135,7 +136,8 @@ class Processes:
         *,
         before: int,
     ) -> None:
-        """Awake, paused and with all that `target` says. before: the version of tokens so far."""
+        """Loads `tensors`, or receives them by `transfer`, and verifies `target`; leaves the
+        processes awake and paused. before: the version of the tokens so far."""
         slept = self.order.state == "asleep"
         self.in_place.forget()
         if slept:
@@ -150,7 +152,7 @@ class Processes:
             else:
                 served = await self._receive(transfer)
         with self.order.step("clear"):
-            if slept:  # the cache's memory is asked for only when what loading needed is free again
+            if slept:  # only now: loading may need memory that the cache takes
                 await self._within("wake", self.llm.wake("kv_cache"))
             await self._clear(before)
         with self.order.step("prove"):
@@ -166,8 +168,9 @@ class Processes:
         *,
         before: int,
     ) -> None:
-        """Paused and with the changes that were found (`InPlace.find`), and with these tensors of
-        some layers, of which `whole` changed."""
+        """Writes in place the changes of `InPlace.find`, and loads `layers` whole, after `whole` is
+        written to the mirror; leaves the processes paused. before: the version of the tokens so
+        far."""
         loaded: list[dict[str, str]] = []
         await self.pause()
         with self.order.step("load"):
@@ -177,30 +180,32 @@ class Processes:
                 loaded = await self._load(layers, part=True)
         with self.order.step("clear"):
             await self._clear(before)
-        with self.order.step("prove"):  # each process has compared what it wrote over
+        with self.order.step("prove"):  # of the loaded tensors; those in place were compared
             for digests in loaded:
                 verify(digests, target.of(layers))
             await self._within("label", self.llm.label(target.version))
 
     async def call(self, what: str, method: str, *arguments: Any) -> list[Any]:
-        """One result of each process; TimeoutError, and EngineLostError if they are gone."""
+        """Calls a method in the workers: one result of each process. Raises TimeoutError after the
+        deadline, and EngineLostError if they are gone."""
         return await self._within(what, self.llm.call_workers(method, *arguments))
 
     async def _load(self, names: Collection[str], *, part: bool = False) -> list[dict[str, str]]:
-        """The digests of what each process has loaded. MovedError: `graphs.check_in_place`."""
+        """Has each process load these tensors of the mirror; returns, for each, name -> digest.
+        Raises MovedError as of `graphs.check_in_place`."""
         arguments = (self._mirror.path, self._mirror.listed(names), part)
         try:
             return await self.call("load", "emberl_load", *arguments)
         except (EngineLostError, TimeoutError):
             raise
-        except Exception as error:  # vLLM hands on the words of what its processes raise
+        except Exception as error:  # vLLM passes on only the text of its processes' errors
             if MOVED not in str(error):
                 raise
             raise MovedError(f"{MOVED}{str(error).rpartition(MOVED)[2]}") from error
 
     async def _receive(self, transfer: Transfer) -> list[dict[str, str]]:
-        """The digests of what each process received; EngineLostError if it did not go well: then
-        layers are half loaded."""
+        """Has each process receive a version by broadcast; returns, for each, name -> digest.
+        Raises EngineLostError if it fails, since layers are then half loaded."""
         version = transfer.version
         group = version.broadcast.group
         try:
@@ -221,9 +226,9 @@ class Processes:
             ) from error
 
     async def _clear(self, before: int) -> None:
-        """No prompt may be continued from what the old weights cached. vLLM empties its cache only
-        while no request holds a block of it, so later prompts get another salt, and those on their
-        way that have no token yet are sent anew."""
+        """Makes sure that no prompt is continued from the old weights' cache. vLLM empties its
+        cache only while no request holds a block of it, so later prompts get another salt, and
+        requests without a token yet are restarted."""
         sent = self._requests.sent
         for sample in sent.values():
             sample.close_span(before)

@@ -1,9 +1,9 @@
 """emberl's methods in vLLM's worker processes (`worker_extension_cls`): loading weights from the
-mirror, with proof.
+mirror, with digests of what was loaded.
 
-vLLM makes this class a base of its own worker class, so its names must be none of the worker's. Its
-methods are called by `collective_rpc`: arguments and results are plain lists, dicts, strings and
-numbers.
+vLLM makes this class a base of its own worker class, so its names must differ from the worker's.
+Its methods are called by `collective_rpc`: arguments and results are plain lists, dicts, strings
+and numbers.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from .transfer_api import check_communicator, register_gloo, update_weights
 
 
 class Work:
-    """Done beside vLLM's own, which is one thread's: whatever it calls waits for the next call."""
+    """A function that runs in a thread beside vLLM's own, so that decoding goes on meanwhile."""
 
     def __init__(self, work: Callable[[], object]) -> None:
-        """work: CorruptPatchError, DigestMismatchError and ValueError are its outcome; what else it
-        raises, too, with its kind."""
+        """Starts `work`. Its outcome is "", or the text of its error, with the type unless that is
+        CorruptPatchError, DigestMismatchError or ValueError."""
         self.outcome: str | None = None
 
         def run() -> None:
@@ -49,7 +49,7 @@ class Work:
                 self.outcome = ""
             except (CorruptPatchError, DigestMismatchError, ValueError) as error:
                 self.outcome = str(error)
-            except BaseException as error:  # nobody joins this thread
+            except BaseException as error:  # nobody joins this thread, so none may be lost
                 self.outcome = repr(error)
 
         threading.Thread(target=run, daemon=True, name="emberl-weights").start()
@@ -71,7 +71,7 @@ class WeightExtension:
     finish_weight_update: Callable[[], None]
 
     def emberl_describe(self) -> dict[str, Any]:
-        """The settings with which a running server was started."""
+        """The settings with which a running server was started, for `server.connect`."""
         model, scheduler = self.vllm_config.model_config, self.vllm_config.scheduler_config
         return {
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -87,9 +87,9 @@ class WeightExtension:
         """Loads these tensors of the mirror at `path` and returns name -> digest of the bytes that
         were loaded.
 
-        entries: [name, dtype, shape, start, size] of each. part: they are those of some layers;
-        else RuntimeError if the model has a parameter that none of them filled: it would go on
-        serving old values.
+        entries: [name, dtype, shape, start, size] of each. part: they are those of some layers
+        only. Otherwise raises RuntimeError if the model has a parameter that none of them filled,
+        as it would go on serving old values.
         """
         if not part:
             self._emberl_placed = None
@@ -102,8 +102,8 @@ class WeightExtension:
         return digests
 
     def emberl_place(self, path: str, entries: Sequence[Sequence[Any]]) -> dict[str, str]:
-        """Learns where the tensors of the mirror at `path`, which were loaded, lie; name -> why it
-        cannot be told, of those that have to be loaded whole."""
+        """Finds the places in the model's memory of the tensors of the mirror at `path`, which were
+        loaded; name -> reason, of those without, which have to be loaded whole."""
         if self._emberl_placed is None:
             tensors = dict(read_mirror(path, _entries(entries).items(), copied=False))
             self._emberl_placed = PlacedModel(self.model_runner.get_model(), tensors)
@@ -111,8 +111,8 @@ class WeightExtension:
         return self._emberl_placed.reasons
 
     def emberl_find(self, path: str, entries: Sequence[Sequence[Any]]) -> str:
-        """Begins to look at the changes of the parcel at `path` and where they belong, beside
-        decoding; or why it does not."""
+        """Begins, beside decoding, to check the changes of the parcel at `path` and to locate them.
+        Returns "", or the reason why it cannot begin."""
         placed = self._emberl_placed
         if placed is None:
             return "this process does not know yet where its tensors lie"
@@ -130,7 +130,8 @@ class WeightExtension:
         return ""
 
     def emberl_write(self) -> str:
-        """Writes what was found, or nothing: then what is wrong, with the tensor's name."""
+        """Writes the changes of `emberl_find`. Returns "", or the problem with the tensor's name,
+        in which case nothing was written."""
         assert self._emberl_changes is not None, "found before"
         try:
             self._emberl_changes.write()
@@ -139,8 +140,9 @@ class WeightExtension:
         return ""
 
     def emberl_prove(self, version: int) -> None:
-        """Begins to prove what was written, beside decoding."""
-        changes, self._emberl_changes = self._emberl_changes, None
+        """Begins, beside decoding, to audit the weights after `emberl_write`."""
+        changes = self._emberl_changes
+        self._emberl_changes = None
         assert changes is not None, "written before"
 
         def prove() -> None:
@@ -150,20 +152,20 @@ class WeightExtension:
         self._emberl_work = Work(prove)
 
     def emberl_outcome(self) -> str | None:
-        """Of what was begun: None before its end, then what is wrong, or nothing."""
+        """The outcome of the work that was begun: None while it runs, then the problem or ""."""
         assert self._emberl_work is not None, "begun before"
         return self._emberl_work.outcome
 
     def emberl_join(self, init_info: dict[str, Any]) -> None:
-        """Meets the learners, in the group of vLLM's weight-transfer engine."""
+        """Joins the learners in the group of vLLM's weight-transfer engine."""
         self.init_weight_transfer_engine(init_info)
         check_communicator(self.weight_transfer_engine.model_update_group)
 
     def emberl_receive(
         self, path: str, entries: Sequence[Sequence[Any]], update: dict[str, Any]
     ) -> dict[str, str]:
-        """Loads every tensor that the learners send now, through vLLM's weight-transfer engine; the
-        engine's first process fills the mirror with them. Otherwise as `emberl_load`."""
+        """Loads every tensor of a broadcast from the learners, by vLLM's weight-transfer engine;
+        the engine's first process also writes them to the mirror. Otherwise as `emberl_load`."""
         listed = _entries(entries)
         self._emberl_placed = None
 
@@ -181,8 +183,10 @@ class WeightExtension:
     def _emberl_loading(
         self, keep: Callable[[str, Bytes], None] = lambda *_: None, *, part: bool = False
     ) -> Iterator[dict[str, str]]:
-        """Around a reload: the digests of what is loaded; `keep` has its bytes, too. RuntimeError
-        if a parameter was left out, of which vLLM only warns, but where only a `part` comes."""
+        """Around a reload: yields a dict that gets name -> digest of every loaded tensor; `keep` is
+        called with each one's bytes. Raises RuntimeError if a parameter was left out (vLLM only
+        warns), unless only a `part` of the model is loaded, and MovedError as of
+        `graphs.check_in_place`."""
         model = self.model_runner.get_model()
         before = places(model)
         held, filled = {name for name, _ in model.named_parameters()}, set[str]()
@@ -198,7 +202,7 @@ class WeightExtension:
 
         def load_seen(weights: Iterable[tuple[str, Tensor]]) -> Any:
             names = load(seen(weights))
-            # None: this model's loader does not say
+            # None: this model's loader does not report what it filled
             filled.update(held if names is None else names)
             return names
 
@@ -207,7 +211,7 @@ class WeightExtension:
             yield digests
         finally:
             del model.load_weights
-            platform.give_back_memory()  # of layers that were made anew one by one
+            platform.give_back_memory()  # that of the old layers, which were replaced one by one
         repack_tied_head(model)
         check_in_place(self, before, places(model))
         missing = [] if part else sorted(held - filled)
@@ -231,8 +235,8 @@ def _as_torch(tensors: Iterable[tuple[str, TensorBytes]]) -> Iterator[tuple[str,
 
 
 def end_with(owner: int) -> None:
-    """Ends this process within a second of process `owner`'s end. vLLM's processes outlive one that
-    was killed, and would hold its device for good; when a worker ends, the rest of its engine
+    """Makes this process end within a second of process `owner`. vLLM's processes outlive an owner
+    that was killed, and would hold its device for ever; when a worker ends, the rest of its engine
     follows."""
 
     def wait() -> None:
@@ -246,13 +250,14 @@ def end_with(owner: int) -> None:
 def _ended(process: int) -> bool:
     try:
         with open(f"/proc/{process}/stat") as file:
-            # killed, and its parent has not asked yet
+            # a zombie: killed, but not yet reaped by its parent
             return file.read().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
         return True
 
 
+# at import: vLLM imports this file in its workers, before they load a model
 register_gloo()
-if OWNER in os.environ:  # vLLM imports this file in its workers, before they load a model
+if OWNER in os.environ:
     end_with(int(os.environ[OWNER]))
 install()

@@ -1,7 +1,6 @@
-"""A weight-transfer engine for vLLM on a CPU, beside the ones that vLLM has for devices: tensors
-come by gloo.
+"""A weight-transfer engine for vLLM on a CPU, by gloo, beside the ones that vLLM has for devices.
 
-vLLM loads this file in its workers where `weight_transfer_config` names the backend "gloo"
+vLLM loads this file in its workers if `weight_transfer_config` names the backend "gloo"
 (`transfer_api.register_gloo`). It takes the same steps as vLLM's own for NCCL: a group with the
 trainer as rank 0, one broadcast a tensor, each loaded as in a checkpoint, layer by layer. To vLLM
 0.24 the worker itself begins and ends an update (`transfer_api.update_weights`).
@@ -22,13 +21,14 @@ from vllm.distributed.weight_transfer.base import (
 from ...kernels import platform
 
 TIMEOUT = 60.0
-"""Seconds for the meeting, and for one tensor; the rollout worker gives up earlier or later by a
-deadline of its own."""
+"""Seconds for joining the group, and for one tensor; the rollout worker has a deadline of its
+own."""
 
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):  # type: ignore[misc]
-    """Where the group meets; the field names are those of vLLM's engine for NCCL."""
+    """The address, size and first rank of the group; field names are those of vLLM's engine for
+    NCCL."""
 
     master_address: str
     master_port: int
@@ -46,7 +46,7 @@ class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
 
 
 class GlooWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore[misc]
-    """One of an engine's processes."""
+    """The receiving end in one process of an engine."""
 
     init_info_cls, update_info_cls = InitInfo, UpdateInfo
     model_update_group: Any = None
@@ -73,7 +73,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # t
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        # vLLM's own would wait for an accelerator now
+        # not by super(): vLLM's own waits for an accelerator afterwards
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
@@ -95,5 +95,5 @@ class GlooWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # t
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
-        """Asked of every engine to vLLM 0.27."""
+        """Not used, but vLLM to 0.27 requires it of every engine. Raises NotImplementedError."""
         raise NotImplementedError("learners send by `transfer.open_group`")

@@ -1,9 +1,10 @@
-"""Captured graphs: where vLLM runs with them, and that what they read stays where it was.
+"""Captured graphs: on which platforms vLLM uses them, and a check that updates keep the addresses
+that they read.
 
-A graph reads the addresses that it was captured with. Weights that are written in place are read at
-the next replay; a tensor that is made anew is not, and nothing says so. So a table chooses where
-graphs are used, each update compares where every tensor of the model lies with where it lay before,
-and the canary (`..weights.canary`) decodes through them.
+A graph reads the addresses with which it was captured. Weights that are written in place are read
+at the next replay; a tensor that is allocated anew is not, without any error. So a table chooses
+where graphs are used, each update compares the address of every tensor of the model with the one
+before, and the canary (`..weights.canary`) decodes through the graphs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ...kernels import platform
 from ..weights.patch import MovedError
 
 MOVED = "captured graphs are left behind: "
-"""Begins what a process says of a tensor that they read elsewhere."""
+"""The beginning of a process's message about a tensor that graphs read at its old address."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +31,7 @@ class Choice:
     eager: bool
     reason: str
     rl_config: bool = False
-    """Whether it holds only where the installed vllm-ascend has `rl_config`."""
+    """Whether the row applies only if the installed vllm-ascend has `rl_config`."""
 
 
 CHOICES = (
@@ -60,13 +61,13 @@ CHOICES = (
         " read the old ones, and cannot capture again (vime #157, vllm-ascend #13905, #17197)",
     ),
 )
-"""The first row that fits counts."""
+"""The first row that applies is taken."""
 
 
 def choice(device: str) -> Choice:
-    """The row of a platform, and of what is installed."""
-    found = has_rl_config()
-    return next(c for c in CHOICES if c.device == device and (found or not c.rl_config))
+    """The row of `CHOICES` for a platform and the installed vllm-ascend."""
+    rl_config = has_rl_config()
+    return next(c for c in CHOICES if c.device == device and (rl_config or not c.rl_config))
 
 
 def has_rl_config() -> bool:
@@ -80,7 +81,7 @@ def has_rl_config() -> bool:
 
 
 class Place(NamedTuple):
-    """Where a tensor lies, as a graph sees it."""
+    """A tensor's address and layout, as a captured graph reads it."""
 
     pointer: int
     shape: tuple[int, ...]
@@ -89,45 +90,46 @@ class Place(NamedTuple):
 
 
 def places(model: Any) -> dict[str, Place]:
-    """Of every parameter, buffer and other tensor that a module of the model holds: what is derived
-    from weights is read by graphs, too. A tensor without memory of its own is left out."""
-    found = {}
+    """name -> place of every parameter, buffer and other tensor that a module of the model holds,
+    since graphs also read tensors that are derived from weights. Tensors without memory are left
+    out."""
+    by_name = {}
     for prefix, module in model.named_modules():
         held = {**vars(module), **module._parameters, **module._buffers}
         for name, value in held.items():
             if _has_memory(value):
-                found[f"{prefix}.{name}".lstrip(".")] = Place(
+                by_name[f"{prefix}.{name}".lstrip(".")] = Place(
                     value.data_ptr(), tuple(value.shape), tuple(value.stride()), str(value.dtype)
                 )
-    return found
+    return by_name
 
 
 def _has_memory(value: Any) -> bool:
-    """A tensor with an address: neither packed by oneDNN nor sparse nor without data."""
+    """Whether it is a tensor with an address: not packed by oneDNN, sparse, empty or on `meta`."""
     if not hasattr(value, "data_ptr") or str(value.layout) != "torch.strided":
         return False
     return bool(value.numel()) and value.device.type != "meta"
 
 
 def moved(before: Mapping[str, Place], after: Mapping[str, Place]) -> list[str]:
-    """Tensors that lie elsewhere, or otherwise, or are gone, with the difference: `x.weight
+    """Tensors whose place differs, or that are gone, each with the difference, e.g. `x.weight
     (pointer)`."""
-    found = []
+    changes = []
     for name, place in before.items():
         if name not in after:
-            found.append(f"{name} (gone)")
+            changes.append(f"{name} (gone)")
         elif after[name] != place:
             differs = next(
                 part
                 for part, old, new in zip(Place._fields, place, after[name], strict=True)
                 if old != new
             )
-            found.append(f"{name} ({differs})")
-    return found
+            changes.append(f"{name} ({differs})")
+    return changes
 
 
 def captures(worker: Any) -> bool:
-    """Whether a worker of vLLM's decodes with captured graphs."""
+    """Whether a vLLM worker decodes with captured graphs."""
     config = worker.vllm_config
     mode = getattr(getattr(config, "compilation_config", None), "cudagraph_mode", None)
     if worker.device.type == platform.CPU.device or config.model_config.enforce_eager:
@@ -136,7 +138,8 @@ def captures(worker: Any) -> bool:
 
 
 def check_in_place(worker: Any, before: Mapping[str, Place], after: Mapping[str, Place]) -> None:
-    """MovedError with the first name where graphs would go on reading what was before."""
+    """Raises MovedError, with the first tensor, if a worker's graphs would go on reading tensors
+    that have moved."""
     elsewhere = moved(before, after)
     if elsewhere and captures(worker):
         raise MovedError(

@@ -1,5 +1,4 @@
-"""The last lines that an engine's processes printed: the cause of their death stands there and
-nowhere else."""
+"""The last lines that an engine's processes printed, which alone tell why they died."""
 
 from __future__ import annotations
 
@@ -14,20 +13,22 @@ LINES = 200
 
 
 class LogTail:
-    """Processes started within `inherited` write into a pipe; a thread passes their lines on and
-    keeps the last ones."""
+    """Keeps the last lines of processes that are started within `inherited`: they write into a
+    pipe, whose lines a thread passes on to stderr."""
 
     def __init__(self) -> None:
         self._lines: deque[str] = deque(maxlen=LINES)
-        self._read, self._write = os.pipe()
+        source, sink = os.pipe()
+        self._read = source
+        self._write = sink
         self._onward = os.dup(2)
         self._thread = threading.Thread(target=self._pump, daemon=True, name="engine-log")
         self._thread.start()
 
     @contextmanager
     def inherited(self) -> Iterator[None]:
-        """Standard output and error of this process are the pipe meanwhile, so that children
-        inherit it."""
+        """Within it, stdout and stderr of this process are the pipe, so that children inherit
+        it."""
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         kept = os.dup(1), os.dup(2)
@@ -53,7 +54,8 @@ class LogTail:
         return (errors or lines or ["it printed nothing"])[-1].strip()
 
     def close(self) -> None:
-        """The thread ends when the last process that inherited the pipe has ended. Idempotent."""
+        """Closes this process's end; the thread ends when the last process that inherited the pipe
+        has ended. Idempotent."""
         if self._write >= 0:
             os.close(self._write)
             self._write = -1

@@ -1,12 +1,12 @@
-"""In a worker of vLLM's: where each tensor of a checkpoint lies in the model's memory.
+"""In a vLLM worker: the places of a checkpoint's tensors in the model's memory.
 
-It is learnt from the model's own weight loaders, whatever they do with names, fused matrices and a
-rank's slices: each tensor is loaded once as one without memory (torch's `meta`), and what is copied
-where is written down instead of done. That holds for loaders that end in `Tensor.copy_` of a part
-of the tensor, as vLLM's own sparse patches demand, too (`checkpoint_weight_patch`, 0.32; those make
+They are learnt from the model's own weight loaders, whatever those do with names, fused matrices
+and a rank's slices: each tensor is loaded once as one without memory (torch's `meta`), and the
+copies are recorded instead of done. That works for loaders that end in `Tensor.copy_` of a part of
+the tensor, which vLLM's own sparse patches require too (`checkpoint_weight_patch`, 0.32; those make
 a whole tensor of each patch and read every element of the model, go over NCCL alone, and know no
-packed matrices). What was learnt is proved by checksums of what lies there. What cannot be placed
-is loaded whole, with the reason.
+packed matrices). The places are verified by checksums of the memory there. Tensors without a place
+are loaded whole, with the reason.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from .graphs import moved, places
 AUDIT = 32
 """Updates in which every tensor's checksum is compared once."""
 WHOLE_LAYERS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
-"""vLLM's methods of layers whose parameters are used as they are loaded."""
+"""vLLM's quantisation methods with which a layer uses its parameters as they were loaded."""
 
 
 class NotPlacedError(ValueError):
-    """A tensor whose place in the model's memory is not known, and why."""
+    """The place of a tensor in the model's memory is not known; the message gives the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Write:
-    """A loader's copy: a part of the checkpoint's tensor into a part of a parameter."""
+    """A copy by a loader: of a part of the checkpoint's tensor into a part of a parameter."""
 
     into: Tensor
     source: Tensor
@@ -49,30 +49,32 @@ class Write:
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Owners:
-    """Whose memory parameters are, by the address of their storage."""
+    """Packed copies of parameters, and parameters that cannot be written, by `_address` of their
+    storage."""
 
     copies: dict[int, list[tuple[Copy, Any]]] = field(default_factory=dict)
-    """oneDNN's copies of a parameter, with its layer."""
+    """oneDNN's copies of a parameter, each with its layer."""
     refused: dict[int, str] = field(default_factory=dict)
-    """Why a parameter's elements cannot be written one by one."""
+    """The reason why a parameter's elements cannot be written one by one."""
 
 
 class PlacedModel:
-    """A model's memory. To be made anew after each load of the whole of it."""
+    """The places of all tensors in a model's memory. To be made anew after each load of the whole
+    model."""
 
     def __init__(self, model: Any, tensors: Mapping[str, TensorBytes]) -> None:
-        """tensors: what it has loaded."""
+        """tensors: those that the model has loaded."""
         self.places: dict[str, list[Place]] = {}
         self.reasons: dict[str, str] = {}
-        """Of the tensors that have no places."""
+        """name -> reason, of the tensors without places."""
         self.expected: dict[str, list[int]] = {}
-        """The checksums of what lies at their places."""
+        """name -> the checksum that each of its places must have."""
         self._model = model
         with _whole_shapes(model) as owners:
             for name, tensor in tensors.items():
                 try:
                     self.places[name] = _places(model, owners, name, tensor)
-                # loaders of a hundred models: whatever they raise, the tensor is loaded whole
+                # anything: these are the loaders of any model; the tensor is then loaded whole
                 except Exception as error:
                     self.reasons[name] = f"{type(error).__name__}: {error}"
         for name in list(self.places):
@@ -84,14 +86,16 @@ class PlacedModel:
         self._tensors_lie = places(model)
 
     def _leave_out_layers(self) -> None:
-        """A layer that is loaded makes all of its memory anew."""
+        """Leaves out the other tensors of layers that have to be loaded: loading a layer allocates
+        all of its memory anew."""
         whole = {layer_of(name): name for name in self.reasons}
         for name in list(self.places):
             if (other := whole.get(layer_of(name))) is not None:
                 self._leave_out(name, f"{other}, which cannot, is loaded with its layer")
 
     def loaded(self, names: Iterable[str]) -> None:
-        """All of some layers: here other tensors of them may have had places."""
+        """Notes that all tensors of some layers were loaded, since another process cannot place
+        some of them."""
         for name in self.places.keys() & set(names):
             self._leave_out(name, "another process loads its layer whole")
         self._tensors_lie = places(self._model)
@@ -101,11 +105,11 @@ class PlacedModel:
         del self.places[name], self.expected[name]
 
     def moved(self) -> list[str]:
-        """Tensors of the model that lie elsewhere than they did (`graphs.moved`)."""
+        """Tensors of the model whose place has changed, as of `graphs.moved`."""
         return moved(self._tensors_lie, places(self._model))
 
     def find(self, changes: Mapping[str, TensorChange], threads: int = 1) -> PlacedChanges:
-        """All that comes before the writing: NotPlacedError or CorruptPatchError, with the tensor's
+        """Checks and locates changes. Raises NotPlacedError or CorruptPatchError with the tensor's
         name."""
         for name, change in changes.items():
             if name not in self.places:
@@ -119,30 +123,31 @@ class PlacedModel:
 
 
 class PlacedChanges:
-    """Made beside decoding, written and read back while it stands still, audited beside it."""
+    """Located changes: made and audited beside decoding, written and read back while it is
+    paused."""
 
     def __init__(
         self, placed: PlacedModel, changes: Mapping[str, TensorChange], threads: int
     ) -> None:
         self._placed = placed
-        found = [(name, change, placed.places[name]) for name, change in changes.items()]
-        self._writing = Writing(found, threads)
+        located = [(name, change, placed.places[name]) for name, change in changes.items()]
+        self._writing = Writing(located, threads)
         self._expected = {
             name: [
                 signed(before + place.change_checksum(change))
                 for place, before in zip(there, placed.expected[name], strict=True)
             ]
-            for name, change, there in found
+            for name, change, there in located
         }
 
     def write(self) -> None:
-        """`Writing.write`."""
+        """As `Writing.write`."""
         self._writing.write()
         self._placed.expected.update(self._expected)
 
     def prove(self, version: int) -> None:
-        """Compares the checksums of a part of all tensors: DigestMismatchError with a tensor's
-        name."""
+        """Compares the checksums of every `AUDIT`-th tensor, other ones for each version. Raises
+        DigestMismatchError with the tensor's name if one differs."""
         for name in sorted(self._placed.places)[version % AUDIT :: AUDIT]:
             if self._placed.checksums(name) != self._placed.expected[name]:
                 raise DigestMismatchError(
@@ -152,8 +157,8 @@ class PlacedChanges:
 
 
 def layer_of(name: str) -> str:
-    """The layer that is loaded together with a tensor: of a decoder's layer the attention, or the
-    network with all of its experts; else the module."""
+    """The name of the layer that is loaded together with a tensor: of a decoder layer its
+    attention, or its feed-forward network with all experts; else the module."""
     parts = name.split(".")
     for number, part in enumerate(parts[:-2]):
         if part.isdigit():
@@ -166,14 +171,16 @@ def _places(model: Any, owners: Owners, name: str, tensor: TensorBytes) -> list[
     source = torch.empty(tensor.shape, dtype=dtype, device="meta")
     with _written_down(source) as writes:
         model.load_weights([(name, source)])
-    found = [place for write in writes for place in _of_write(owners, write, tuple(tensor.shape))]
-    if not found and not _elsewhere(model):
+    locations = [
+        place for write in writes for place in _of_write(owners, write, tuple(tensor.shape))
+    ]
+    if not locations and not _elsewhere(model):
         raise NotPlacedError("its loader writes nothing")
-    return found
+    return locations
 
 
 def _elsewhere(model: Any) -> bool:
-    """Whether other processes have layers that this one has not (pipeline parallelism)."""
+    """Whether other processes hold layers that this one lacks (pipeline parallelism)."""
     return any("PPMissingLayer" in type(layer).__name__ for layer in model.modules())
 
 
@@ -188,12 +195,12 @@ def _of_write(owners: Owners, write: Write, shape: tuple[int, ...]) -> list[Plac
     address = _address(into)
     if address in owners.refused:
         raise NotPlacedError(owners.refused[address])
-    found = [] if into.is_meta else [plain(into, shape, first)]
+    locations = [] if into.is_meta else [plain(into, shape, first)]
     for copy, _ in owners.copies.get(address, ()):
-        found.append(_in_copy(copy, into, shape, first))
-    if not found:
+        locations.append(_in_copy(copy, into, shape, first))
+    if not locations:
         raise NotPlacedError("its parameter has no memory that can be written to")
-    return found
+    return locations
 
 
 def _in_copy(copy: Copy, into: Tensor, shape: tuple[int, ...], first: tuple[int, int]) -> Place:
@@ -215,7 +222,7 @@ def _in_copy(copy: Copy, into: Tensor, shape: tuple[int, ...], first: tuple[int,
 
 @contextmanager
 def _written_down(source: Tensor) -> Iterator[list[Write]]:
-    """Within, what this thread copies from `source` is written down instead."""
+    """Within it, copies from `source` by this thread are recorded instead of done."""
     writes: list[Write] = []
     copy, me, address = torch.Tensor.copy_, threading.get_ident(), _address(source)
 
@@ -236,8 +243,8 @@ def _written_down(source: Tensor) -> Iterator[list[Write]]:
 
 @contextmanager
 def _whole_shapes(model: Any) -> Iterator[Owners]:
-    """Within, parameters that vLLM gave up for a packed copy have their shapes again, without
-    memory, for the loaders to write to."""
+    """Within it, parameters that vLLM gave up for a packed copy have their shapes again, on `meta`,
+    for the loaders to write to."""
     owners, given_up = Owners(), []
     for layer in model.modules():
         weight, copy = getattr(layer, "weight", None), copy_of(layer)
@@ -263,7 +270,8 @@ def _whole_shapes(model: Any) -> Iterator[Owners]:
 
 
 def _meta_parameter(layer: Any) -> Any:
-    """As it was before it was loaded, with its loader, of which a reload leaves a wrapper."""
+    """A layer's weight as it was before loading, on `meta`, with its own loader instead of the
+    wrapper that a reload leaves."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
     from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
     from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
@@ -278,5 +286,5 @@ def _meta_parameter(layer: Any) -> Any:
 
 
 def _address(tensor: Tensor) -> int:
-    # meta tensors have no memory, but storages of their own
+    # of the storage: meta tensors have no memory, but storages of their own
     return int(tensor.untyped_storage()._cdata)

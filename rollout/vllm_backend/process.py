@@ -1,5 +1,5 @@
-"""vLLM at work: its processes behind a handful of calls, which say what happened when one of them
-ends or hangs."""
+"""vLLM's processes on this machine, behind a few calls that raise an error with the cause if one of
+them ends or hangs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SHUTDOWN_S = 60.0
 
 
 class EngineLostError(RuntimeError):
-    """vLLM's processes have ended, do not start, or do not answer; new ones may."""
+    """vLLM's processes have ended, do not start, or do not answer; new ones may work."""
 
 
 def start(settings: EngineSettings) -> RunningLLM:
     """Starts vLLM's processes and returns once they hold the model; minutes for a large one.
 
-    ValueError for settings that vLLM does not take, EngineLostError with the last error line of its
-    log if it does not start.
+    Raises ValueError for settings that vLLM does not take, and EngineLostError, with the last error
+    line of its log, if it does not start.
     """
     vllm_compat.check_installed()
     vllm_compat.check_engine_args(settings.engine_args)
@@ -49,17 +49,17 @@ def start(settings: EngineSettings) -> RunningLLM:
     try:
         with tail.inherited():
             args = AsyncEngineArgs(**vllm_compat.engine_arguments(settings, of_platform))
-            # rollouts are a batch, not a service: vLLM's defaults for its own offline use, e.g.
-            # tokens a step
+            # rollouts are a batch, not a service: this takes vLLM's defaults for offline use, e.g.
+            # for the tokens of a step
             llm = AsyncLLM.from_engine_args(args, usage_context=UsageContext.LLM_CLASS)
-    # vLLM says only "see root cause above", which went to its log
+    # the error itself says only "see root cause above", which went to the log
     except (RuntimeError, TimeoutError) as error:
         raise EngineLostError(f"vLLM did not start: {tail.cause()}") from error
     return RunningLLM(llm, tail)
 
 
 class RunningLLM:
-    """vLLM at work. Every method must be called on one event loop."""
+    """A running vLLM engine. Every method must be called on one event loop."""
 
     def __init__(self, llm: Any, tail: LogTail) -> None:
         self._llm = llm
@@ -72,15 +72,15 @@ class RunningLLM:
         self._watch()
 
     def on_tokens(self, count: Count) -> None:
-        """From now on `count(request id, new tokens)` is called for whatever the engine's process
-        sends, in its order."""
+        """From now on, `count(request id, new tokens)` is called for all tokens from the engine's
+        process, in their order."""
         self._count = count
 
     async def decode(
         self, request_id: str, token_ids: list[int], sampling: Sampling, salt: str
     ) -> Decoded:
-        """One sample to its end; "abort" as its finish reason, and what was decoded, if it was
-        aborted.
+        """Decodes one sample to its end; if it is aborted, its finish reason is "abort" and it has
+        the tokens so far.
 
         request_id: without a hyphen. salt: prompts share cached blocks only with prompts of the
         same salt.
@@ -99,8 +99,7 @@ class RunningLLM:
     async def prompt_logprobs(
         self, request_id: str, token_ids: list[int], salt: str
     ) -> list[float]:
-        """log-prob of every token but the first, given those before it, by the model without a
-        temperature."""
+        """The log-prob of every token but the first, given those before it, at temperature 1."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -116,19 +115,19 @@ class RunningLLM:
         )
 
     async def abort(self, request_ids: Collection[str]) -> None:
-        """Those that vLLM knows end with the tokens that have been counted; others are passed
-        over."""
+        """Aborts requests: they end with the tokens that have been counted. Ids that vLLM does not
+        know are ignored."""
         await self._handled()
         with suppress(EngineLostError), self._alive():
             await self._llm.abort(list(request_ids))
 
     async def pause(self) -> None:
-        """Returns once no step runs, all requests are kept, and every token of earlier steps has
-        been counted."""
+        """Pauses decoding and keeps all requests; returns once no step runs and every token of
+        earlier steps has been counted."""
         with self._alive():
             await self._llm.pause_generation(mode="keep", clear_cache=False)
-        # the answer came after those tokens through the same socket, so they lie at most one queue
-        # away
+        # the answer came through the same socket after those tokens, so they are at most in the
+        # handler's queue
         await self._handled()
 
     async def resume(self) -> None:
@@ -136,23 +135,24 @@ class RunningLLM:
             await self._llm.resume_generation()
 
     async def sleep(self, level: int) -> None:
-        """Paused and without requests: the device's memory is free. On a CPU vLLM stays as it
-        is."""
+        """Frees the device's memory; vLLM must be paused and without requests. Does nothing on a
+        CPU."""
         with self._alive():
             await self._llm.sleep(level)
 
     async def wake(self, what: str) -> None:
-        """`weights` or `kv_cache`, which comes back empty. vLLM would go on by itself once it has
-        both."""
+        """Allocates `weights` or `kv_cache` again; the cache is empty. vLLM stays paused."""
         with self._alive():
             await self._llm.wake_up([what])
+            # vLLM resumes by itself once it has both
             await self._llm.pause_generation(mode="keep", clear_cache=False)
 
     async def label(self, version: int) -> None:
-        """Nothing to do: the tokens before a pause were counted."""
+        """Does nothing: `pause` counts all tokens, so their versions are known here."""
 
     async def clear_prefix_cache(self) -> bool:
-        """False, and nothing done, while requests hold blocks of it."""
+        """Empties the prefix cache; False, and nothing is done, while requests hold blocks of
+        it."""
         with self._alive():
             return bool(await self._llm.reset_prefix_cache())
 
@@ -162,8 +162,8 @@ class RunningLLM:
             return list(await self._llm.collective_rpc(method, args=arguments))
 
     async def within(self, what: str, work: Awaitable[T], deadline: float) -> T:
-        """The result of `work`; TimeoutError after `deadline` seconds, EngineLostError as soon as
-        vLLM's processes end."""
+        """The result of `work`. Raises TimeoutError after `deadline` seconds, and EngineLostError
+        as soon as vLLM's processes end."""
         working, ended = asyncio.ensure_future(work), asyncio.ensure_future(self._ended.wait())
         try:
             await asyncio.wait(
@@ -179,22 +179,23 @@ class RunningLLM:
             ended.cancel()
 
     def last_lines(self) -> list[str]:
-        """Of the engine's log."""
+        """The last lines of the engine's log."""
         return self._tail.lines()
 
     async def shutdown(self) -> None:
-        """Ends vLLM's processes, by force if they do not end by themselves; seconds. Idempotent."""
+        """Ends vLLM's processes, by force if they do not end by themselves; takes seconds.
+        Idempotent."""
         if not self._down:
             self._down = True
             if self._llm.output_handler is not None:
-                # it would report the end of the processes as a failure
+                # it would take the end of the processes for a failure
                 self._llm.output_handler.cancel()
             await asyncio.wait_for(asyncio.to_thread(self._llm.shutdown), SHUTDOWN_S)
             self._tail.close()
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
-        """Says of a dead engine why it died."""
+        """Turns vLLM's EngineDeadError into an EngineLostError with the cause."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
@@ -203,8 +204,8 @@ class RunningLLM:
             raise self._end() from None
 
     async def _handled(self) -> None:
-        """Returns once vLLM's own handler, which starts with the first request, has dealt with all
-        that came."""
+        """Returns once vLLM's own handler, which starts with the first request, has processed all
+        outputs that have come."""
         handler = self._llm.output_handler
         while handler is not None and not handler.done() and not self._waiting:
             await asyncio.sleep(0)
@@ -215,7 +216,7 @@ class RunningLLM:
     async def _final(
         self, request_id: str, token_ids: list[int], parameters: Any, salt: str
     ) -> Any:
-        # a rendered prompt: vLLM has nothing left to tokenise
+        # of type "token", which vLLM takes as rendered: it has no tokenizer here
         prompt = {"type": "token", "prompt_token_ids": token_ids, "cache_salt": salt}
         final = None
         with self._alive():
@@ -227,8 +228,8 @@ class RunningLLM:
         return final
 
     def _watch(self) -> None:
-        """Looks at what the engine's process sends before vLLM's own handler takes it; the handler
-        asks for more only when it has dealt with all that came before."""
+        """Wraps vLLM's receiver, so that tokens are counted before vLLM's own handler takes them.
+        The handler asks for more only after it has processed all that came before."""
         core = self._llm.engine_core
         receive = core.get_output_async
 
@@ -236,13 +237,13 @@ class RunningLLM:
             self._waiting = True
             try:
                 outputs = await receive()
-            except Exception:  # whatever it is, vLLM gives up now
+            except Exception:  # anything: vLLM's handler ends with it, and so does the engine
                 self._ended.set()
                 raise
             self._waiting = False
             for output in outputs.outputs:
                 if output.new_token_ids:
-                    # vLLM's own id is ours, a hyphen and random letters
+                    # vLLM makes its own id of ours, a hyphen and random letters
                     self._count(output.request_id.partition("-")[0], output.new_token_ids)
             return outputs
 

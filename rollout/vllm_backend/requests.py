@@ -1,5 +1,4 @@
-"""One sample on its way through an engine that runs in other processes: what is known of it
-here."""
+"""The state of a sample that an engine in other processes decodes."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from ..samples import Completion, FinishReason, Prompt, Sampling, Span, merge_sp
 from ..stops import StopMatcher, StopStrings
 
 Count = Callable[[str, Sequence[int]], None]
-"""Is told of new tokens as they come: the id of their request, and they."""
+"""A callback for new tokens as they come: (request id, tokens)."""
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
@@ -28,15 +27,15 @@ class Decoded(NamedTuple):
     logprobs: Sequence[float]
     finish_reason: str
     spans: tuple[Span, ...] | None = None
-    """The versions of the tokens, where those processes keep them."""
+    """The versions of the tokens, if those processes report them."""
 
 
 NOTHING = Decoded((), (), "abort")
 
 
 def parameters(sampling: Sampling) -> dict[str, Any]:
-    """vLLM's sampling parameters. Stop strings are not among them: `LiveSample` finds these in the
-    tokens that come."""
+    """vLLM's sampling parameters, without stop strings: `LiveSample` matches these in the tokens
+    that come."""
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -45,7 +44,7 @@ def parameters(sampling: Sampling) -> dict[str, Any]:
         "repetition_penalty": sampling.repetition_penalty,
         "max_tokens": sampling.max_tokens,
         "stop_token_ids": list(sampling.stop_token_ids),
-        "ignore_eos": True,  # what ends a completion is said by stop_token_ids alone
+        "ignore_eos": True,  # stop_token_ids alone decide what ends a completion
         "seed": sampling.seed,
         "logprobs": 0,
         "detokenize": False,
@@ -54,42 +53,41 @@ def parameters(sampling: Sampling) -> dict[str, Any]:
 
 @dataclass(kw_only=True, eq=False)
 class LiveSample:
-    """One sample. It may be sent more than once: anew when its engine was lost, or had no token of
-    it at an update."""
+    """One sample. It may be sent more than once: it is restarted if its engine is lost, or if it
+    has no token yet at an update."""
 
     prompt: Prompt
     number: int
     """Its index within the group."""
     sampling: Sampling
     outcomes: asyncio.Queue[Completion | BaseException]
-    """Where its completion, or the error that ended it, goes."""
+    """The queue for its completion, or for the error that ended it."""
     stop: StopMatcher | None = None
     begun: Completion | None = None
-    """The tokens that it had when it was asked for; it goes on from there."""
+    """The tokens with which it was requested, and from which it continues."""
     request_id: str = ""
     tokens: int = 0
-    """Decoded so far beyond `begun`, as far as this process has heard."""
+    """Tokens beyond `begun` that have come so far."""
     tail: bytes | None = b""
-    """The state of its stop strings; None: one is complete."""
+    """The state of the stop matcher; None: a stop string is complete."""
     stopped: int | None = None
-    """How many of the tokens there are up to the one that completed a stop string; engines run
-    ahead of that."""
+    """The count of tokens up to the one that completed a stop string; engines decode some beyond
+    it."""
     came: float = 0.0
-    """When the first of them came, in seconds that the engine has served."""
+    """The time of the first of them, in seconds that the engine has served."""
     spans: list[Span] = field(default_factory=list)
-    """Of the tokens of versions that are no longer served."""
+    """The spans of the tokens of versions that are no longer served."""
     started: float = field(default_factory=time.time)
     work: asyncio.Future[Decoded] | None = None
     restart: bool = False
-    """Results of the present request do not count: it is sent anew."""
+    """Whether the result of the current request is to be discarded, and the sample sent again."""
     unwanted: bool = False
-    """Somebody aborted it."""
+    """Whether it was aborted."""
     partial: Completion | None = None
 
     @property
     def token_ids(self) -> list[int]:
-        """The tokens that an engine reads before it decodes: the prompt, and what was decoded
-        before."""
+        """The tokens that an engine reads before it decodes: those of the prompt and of `begun`."""
         return [
             *self.prompt.token_ids,
             *(() if self.begun is None else self.begun.token_ids.tolist()),
@@ -102,15 +100,15 @@ class LiveSample:
 
     @property
     def seed(self) -> int:
-        """63 bits, which is what torch takes; what goes on must not draw again what its beginning
-        drew."""
+        """The seed of its draws, of 63 bits as torch takes it."""
         key = stream_key(self.sampling.seed, self.prompt.id, self.number)
         if self.begun is not None and len(self.begun):
+            # another seed, since a continuation must not repeat the draws of its beginning
             key = stream_key(key, self.prompt.id, len(self.begun))
         return key >> 1
 
     def send_as(self, request_id: str) -> None:
-        """It starts from what it was asked for with, under this id."""
+        """Resets it to the state in which it was requested, under a new id."""
         self.request_id = request_id
         self.tokens = 0
         self.spans = []
@@ -121,9 +119,10 @@ class LiveSample:
             self.tail = self.stop.tail(self.begun.open_turn)
 
     def take(self, token_ids: Sequence[int]) -> bool:
-        """Notes tokens as they come; whether one of them completes a stop string, so that no more
-        are wanted."""
-        before, self.tokens = self.tokens, self.tokens + len(token_ids)
+        """Counts tokens as they come; True if one of them completes a stop string, after which no
+        more are wanted."""
+        before = self.tokens
+        self.tokens += len(token_ids)
         if self.stop is None or self.tail is None:
             return False
         for count, token in enumerate(token_ids, before + 1):
@@ -134,18 +133,19 @@ class LiveSample:
         return False
 
     def take_back(self) -> None:
-        """Its present request is lost; it is to be sent anew."""
+        """Marks its current request as lost, so that it is sent again."""
         self.restart = True
         if self.work is not None:
             self.work.cancel()
 
     def close_span(self, version: int) -> None:
-        """The tokens that no span covers yet are of `version`."""
+        """Adds a span of `version` for the tokens that no span covers yet."""
         if self.tokens > self._covered:
             self.spans.append(Span(version, self._covered, self.tokens))
 
     def completion(self, decoded: Decoded, version: int) -> Completion:
-        """`version` is of the tokens that no span covers."""
+        """The completion of the whole sample. version: that of the tokens that no span covers.
+        Raises RuntimeError for an unknown finish reason."""
         reason = REASONS.get(decoded.finish_reason)
         if reason is None:
             raise RuntimeError(
@@ -200,8 +200,8 @@ def samples_of(
     outcomes: asyncio.Queue[Completion | BaseException],
     stop_strings: StopStrings,
 ) -> Iterator[LiveSample]:
-    """Every sample of these requests; of a prompt in `begun` only those that it has, each from
-    where it stands."""
+    """Yields every sample of these requests; of a prompt in `begun` only the ones there, each as a
+    continuation."""
     for prompt, n, sampling in requests:
         stop = stop_strings.matcher(sampling.stop)
         parts: Sequence[Completion | None] = begun.get(prompt.id) or [None] * n

@@ -1,8 +1,7 @@
 """The weights that a vLLM engine serves, and the processes that hold them: updates, restarts, and
-the proof of both.
+the verification of both.
 
-Everything here happens in one turn after the other (`VLLMEngine` holds the lock), in the order of
-`LEGAL`.
+Only one of these runs at a time (`VLLMEngine` holds the lock), in the order of `LEGAL`.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from .update_order import State
 
 
 class ServedWeights:
-    """One engine's. To be used on one event loop."""
+    """The weights of one engine. To be used on one event loop."""
 
     def __init__(
         self,
@@ -58,7 +57,7 @@ class ServedWeights:
         """As of `VLLMEngine`."""
         self._requests = requests
         self.pause_s = 0.0
-        """Seconds for which decoding stood still at the last update."""
+        """Seconds for which decoding was paused by the last update."""
         self.run_id = run_id
         self.version = version
         self.mirror = Mirror(vllm_compat.DTYPES[settings.dtype], servers_directory)
@@ -74,22 +73,23 @@ class ServedWeights:
         )
         if version >= 0:
             self.mirror.write(checkpoint_bytes(Path(settings.model), settings.dtype))
-        # of the version served, without its tensors; None: those of `model`
         self._proved: WeightPatch | None = None
+        """The verified version, without its tensors; None: the weights of the model's directory."""
         self._canary: Canary | None = None
-        self._served: WeightPatch | None = None  # while `_proved` is a canary
+        self._served: WeightPatch | None = None
+        """The version before the canary, while `_proved` is a canary."""
         self.open = asyncio.Event()
-        """Whether samples are sent to vLLM."""
+        """Set while samples may be sent to vLLM."""
         self.open.set()
         self.audited = asyncio.Event()
-        """Whether samples that ended may be handed out: what they were decoded with is proved."""
+        """Set while samples that ended may be handed out, i.e. their weights are verified."""
         self.audited.set()
         self.corrupt: Exception | None = None
-        """Why nothing is served."""
+        """The reason why nothing is served; None: it is."""
 
     @property
     def held(self) -> Weights | None:
-        """As of `Engine`: the mirror's bytes."""
+        """As of `Engine`: the mirror's bytes; None if they are not a verified version."""
         if self._proved is None or self.corrupt is not None or self._canary is not None:
             return None
         return Weights(
@@ -116,9 +116,9 @@ class ServedWeights:
             await asyncio.to_thread(platform.give_back_memory)
 
     async def load_canary(self, canary: Canary | None) -> None:
-        """As of `Engine.canary`. What is proved is the canary until it is taken back, so that
-        processes which are started anew meanwhile load that. There some tensors are written in
-        place and the others come whole, back all come whole."""
+        """As of `Engine.canary`. Until the canary is taken back it is the verified version, so that
+        processes which are restarted meanwhile load it. Some of its tensors are written in place
+        and the others loaded whole; when it is taken back, all are loaded whole."""
         here, change = self._proved, canary or self._canary
         if change is None:
             return
@@ -134,9 +134,11 @@ class ServedWeights:
             assert target is not None
         else:
             digests = {name: digest(changed(name).data) for name in names}
-            target, self._served = replace(here, digests=digests), here
+            target = replace(here, digests=digests)
+            self._served = here
 
-        def read(name: str) -> TensorBytes:  # a second time, after a restart, it is there already
+        def read(name: str) -> TensorBytes:
+            # after a restart it is read a second time, and the mirror holds the target already
             held = self.mirror.tensor(name)
             return held if digest(held.data) == target.digests[name] else changed(name)
 
@@ -167,8 +169,9 @@ class ServedWeights:
         written: Sequence[str],
         read: Callable[[str], TensorBytes],
     ) -> bool:
-        """Loads what does not come in place, then writes what does. False where that failed, but
-        DigestMismatchError where something else lay there than was proved: it was decoded with."""
+        """Loads the other tensors whole, then writes `written` in place; False if that failed.
+        Raises DigestMismatchError if other bytes lay there than the verified ones, since the engine
+        decoded with them."""
         change = self._canary
         assert change is not None
         rest = [name for name in self.mirror.entries if name not in written]
@@ -177,20 +180,20 @@ class ServedWeights:
             mixed = replace(here, digests={**target.digests, **kept})
             await self.reconcile(mixed, Views(rest, read), stale=True)
             self._proved = mixed
-        found = False
+        writing = False
         try:
             if not await self.processes.in_place.known():
                 return False
             for changes in self.processes.in_place.canary(written, change):
-                found = False
+                writing = False
                 await self.processes.in_place.find(changes)
-                found = True
+                writing = True
                 await self._stand_still(target, {})
                 await self.processes.in_place.prove(target.version)
         except (EngineLostError, TimeoutError):
             return False
         except Exception as error:
-            if found and isinstance(error, DigestMismatchError):
+            if writing and isinstance(error, DigestMismatchError):
                 self.corrupt = error
                 await self._requests.fail(error)
                 raise
@@ -199,7 +202,7 @@ class ServedWeights:
         return True
 
     def _whole(self, patch: WeightPatch, names: Collection[str]) -> dict[str, TensorBytes]:
-        """These tensors, which a patch changes, from what lies in the mirror."""
+        """name -> whole tensor after the patch, made of the mirror's bytes and the changes."""
         return {
             name: patch.tensors[name]
             if name in patch.tensors
@@ -208,7 +211,7 @@ class ServedWeights:
         }
 
     async def _writable(self, patch: WeightPatch) -> bool:
-        """Whether the engine's processes can write some of what changes into their own memory."""
+        """Whether the engine's processes can write at least one of the patch's tensors in place."""
         if patch.base_version is None or patch.transfer is not None or self._proved is None:
             return False
         if self.state != "serving" or not await self.processes.in_place.known():
@@ -217,8 +220,8 @@ class ServedWeights:
         return not (patch.tensors.keys() | patch.changes.keys()) <= elsewhere.keys()
 
     async def _write(self, target: WeightPatch, patch: WeightPatch) -> None:
-        """Writes what changed. DigestMismatchError with what was wrong, after which the old version
-        is served; whatever else goes wrong, the new one is loaded whole."""
+        """Writes a patch in place. Raises DigestMismatchError if it does not fit, after which the
+        old version is served; after any other failure, the new one is loaded whole."""
         names = patch.tensors.keys() | patch.changes.keys()
         layers = self.processes.in_place.come_whole(names)
         whole = await asyncio.to_thread(self._whole, patch, names & set(layers))
@@ -233,18 +236,18 @@ class ServedWeights:
             await asyncio.to_thread(self.mirror.write_changes, changes)
             await self.processes.in_place.prove(target.version)
         except (DigestMismatchError, MovedError) as error:
-            if self.version == target.version:  # it decodes with what is not what was sent
+            if self.version == target.version:  # found by the audit: it decodes with wrong weights
                 self.corrupt = error
                 await self._requests.fail(error)
             elif self.state != "serving":  # some processes may have written it
                 await self.reconcile(self._proved, before, stale=True)
             raise
-        except Exception as error:  # a process that ended, or that vLLM says nothing more of
+        except Exception as error:  # e.g. a process has ended, or does not answer
             lost = error if isinstance(error, EngineLostError | TimeoutError) else None
             await asyncio.to_thread(self.mirror.write_changes, changes)
             await self.reconcile(target, whole, lost=lost)
         except BaseException:
-            if self.state == "serving" and self.version != target.version:  # nothing has begun
+            if self.state == "serving" and self.version != target.version:  # nothing was written
                 raise
             self.corrupt = RuntimeError("a weight update was interrupted")
             await self._requests.fail(self.corrupt)
@@ -259,10 +262,10 @@ class ServedWeights:
         whole: Mapping[str, TensorBytes],
         layers: Collection[str] = (),
     ) -> None:
-        """`Processes.write`."""
+        """Pauses decoding for `Processes.write`, and measures the pause."""
         start = time.perf_counter()
         await self.processes.write(target, whole, layers, before=self.version)
-        # before the first token of it
+        # before `resume`, so that the first token is counted as the new version's
         self.run_id = target.run_id
         self.version = target.version
         await self.processes.resume()
@@ -273,11 +276,11 @@ class ServedWeights:
         return come | self.mirror.as_changes({n: t for n, t in patch.tensors.items() if n in names})
 
     async def reconcile_served(self, *, stale: bool = False, lost: Exception | None = None) -> None:
-        """Brings the engine to what is served already: `reconcile`."""
+        """`reconcile` with the version that is served already."""
         await self.reconcile(self._proved, {}, stale=stale, lost=lost)
 
     async def sleep(self, level: int) -> None:
-        """Nothing may be under way."""
+        """As `Processes.sleep`."""
         await self.processes.sleep(level)
 
     @property
@@ -297,11 +300,12 @@ class ServedWeights:
         stale: bool = False,
         lost: Exception | None = None,
     ) -> None:
-        """Until the engine serves what `target` says after writing `tensors`, through as many
-        restarts as are allowed. What fails for good ends every stream.
+        """Makes the engine serve `target` by writing `tensors`, with as many restarts as are
+        allowed. A final failure ends every stream, and is raised.
 
-        transfer: the tensors are received by vLLM's own processes; should that fail, they are had
-        another way. stale: it has to be loaded in any case. lost: the engine has to be replaced.
+        transfer: vLLM's own processes receive the tensors; if that fails, they are fetched by its
+        fallback. stale: load even if `target` is the verified version. lost: the error for which
+        the engine has to be restarted first.
         """
         self.open.clear()
         stale, differed = stale or target is not self._proved, False
@@ -347,8 +351,8 @@ class ServedWeights:
             self.open.set()
 
     def _is_new(self, patch: WeightPatch) -> bool:
-        """Whether it has to be applied. All that can be wrong with it is found here, before
-        anything changes."""
+        """Whether a patch has to be applied, rather than being the served version already. Raises
+        VersionError, ValueError or DigestMismatchError for any fault, before anything changes."""
         if self._canary is not None and self.corrupt is None:
             raise VersionError("a canary is being decoded")
         if not is_next(patch, self.run_id, self.version, served=self.corrupt is None):

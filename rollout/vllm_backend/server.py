@@ -1,19 +1,19 @@
 """A vLLM server that already runs, as the engine of a rollout worker: the calls of
-`vllm_process.RunningLLM`, over HTTP.
+`process.RunningLLM`, over HTTP.
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --dtype float32 --skip-tokenizer-init
     \\
         --logprobs-mode processed_logprobs --generation-config vllm \\
         --worker-extension-cls emberl.rollout.vllm_backend.extension.WeightExtension
 
-Where that command is missing, as in vLLM's CPU wheels:
+If that command is missing, as in vLLM's CPU wheels:
 `python -m vllm.entrypoints.openai.api_server --model MODEL ...`. On a CPU add
 --no-enable-chunked-prefill.
 
 Routes, as of vLLM 0.32: `/inference/v1/generate`, which `--enable-scale-out` opens, takes and gives
 token ids; `/pause`, `/resume`, `/abort_requests`, `/update_weight_version`, `/reset_prefix_cache`
-and `/collective_rpc` are there in the developer mode only. The server itself says which version
-each token was sampled by. Weights go through a file that both see.
+and `/collective_rpc` exist in the developer mode only. The server reports which version sampled
+each token. Weights go through a file that both see.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 GENERATE = "/inference/v1/generate"
 ID_PREFIX = "generate-tokens-"
-"""The server's prefix of a request's id."""
+"""The prefix that the server gives to a request's id."""
 RETRY_S = 1.0
 START = (
     "start it as VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --dtype {dtype}"
@@ -46,10 +46,11 @@ START = (
 
 
 def connect(url: str, settings: EngineSettings, version: int, timeout: float) -> RunningServer:
-    """Waits up to `timeout` seconds until the server answers, looks whether it can be used, and
-    calls what it serves `version`.
+    """Waits up to `timeout` seconds until the server answers, checks that it can be used, and
+    labels its weights as `version`.
 
-    ValueError says how it has to be started; EngineLostError if it does not answer.
+    Raises ValueError, with the command to start it, if it cannot be used, and EngineLostError if it
+    does not answer.
     """
     how = START.format(dtype=settings.dtype)
     with httpx.Client(base_url=url, timeout=timeout) as client:
@@ -106,25 +107,26 @@ def _wait_for(client: httpx.Client, url: str, timeout: float) -> None:
 
 
 class RunningServer:
-    """Every method must be called on one event loop. What the server refuses raises RuntimeError
-    with its words."""
+    """A connection to a running server. Every method must be called on one event loop, and raises
+    RuntimeError, with the server's message, if that refuses."""
 
     def __init__(self, url: str, vocab_size: int) -> None:
         self.url = url
         self.vocab_size = vocab_size
-        self._mine = uuid.uuid4().hex[:12]  # others may use the server too
+        self._mine = uuid.uuid4().hex[:12]  # makes ids and salts unique: others may use the server
+        # a connection for each sample, of which httpx would allow 100; the engine has the deadlines
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         self._client = httpx.AsyncClient(base_url=url, timeout=None, limits=limits)
         self._count: Count = lambda _request_id, _tokens: None
 
     def on_tokens(self, count: Count) -> None:
-        """From now on `count(request id, new tokens)` is called as they come."""
+        """From now on, `count(request id, new tokens)` is called as they come."""
         self._count = count
 
     async def decode(
         self, request_id: str, token_ids: list[int], sampling: Sampling, salt: str
     ) -> Decoded:
-        """One sample to its end, with the version of every token; as `RunningLLM.decode`."""
+        """As `RunningLLM.decode`, with the versions of the tokens."""
         body = self._request(request_id, token_ids, parameters(sampling), salt) | {"stream": True}
         drawn: list[int] = []
         logprobs: list[float] = []
@@ -161,8 +163,7 @@ class RunningServer:
     async def prompt_logprobs(
         self, request_id: str, token_ids: list[int], salt: str
     ) -> list[float]:
-        """log-prob of every token but the first, given those before it, by the model without a
-        temperature."""
+        """As `RunningLLM.prompt_logprobs`."""
         wanted = {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
         answer = await self._post(GENERATE, self._request(request_id, token_ids, wanted, salt))
         return [
@@ -171,36 +172,36 @@ class RunningServer:
         ]
 
     async def abort(self, request_ids: Collection[str]) -> None:
-        """Those that the server knows end with the tokens that it has; others are passed over."""
-        if request_ids:  # an empty list would end everybody's
+        """Aborts requests: they end with the tokens that the server has. Ids that it does not know
+        are ignored."""
+        if request_ids:  # an empty list would abort the requests of all clients
             await self._post(
                 "/abort_requests", {"request_ids": [ID_PREFIX + self._name(i) for i in request_ids]}
             )
 
     async def pause(self) -> None:
-        """Returns once no step runs; all requests are kept."""
+        """Pauses decoding and keeps all requests; returns once no step runs."""
         await self._post("/pause?mode=keep&clear_cache=false")
 
     async def resume(self) -> None:
         await self._post("/resume")
 
     async def sleep(self, level: int) -> None:
-        """Paused and without requests: the device's memory is free. On a CPU vLLM stays as it
-        is."""
+        """As `RunningLLM.sleep`."""
         await self._post(f"/sleep?level={level}&mode=keep")
 
     async def wake(self, what: str) -> None:
-        """`weights` or `kv_cache`, which comes back empty. vLLM would go on by itself once it has
-        both."""
+        """As `RunningLLM.wake`."""
         await self._post(f"/wake_up?tags={what}")
         await self.pause()
 
     async def label(self, version: int) -> None:
-        """Tokens sampled from now on are of this version."""
+        """Makes the server label tokens that are sampled from now on with this version."""
         await self._post("/update_weight_version", {"new_version": str(version)})
 
     async def clear_prefix_cache(self) -> bool:
-        """False, and nothing done, while requests hold blocks of it; anybody's may."""
+        """Empties the prefix cache; False, and nothing is done, while requests of any client hold
+        blocks of it."""
         return bool((await self._post("/reset_prefix_cache"))["success"])
 
     async def call_workers(self, method: str, *arguments: Any) -> list[Any]:
@@ -212,18 +213,18 @@ class RunningServer:
         )
 
     async def within(self, what: str, work: Awaitable[T], deadline: float) -> T:
-        """The result of `work`; TimeoutError after `deadline` seconds."""
+        """The result of `work`. Raises TimeoutError after `deadline` seconds."""
         try:
             return await asyncio.wait_for(work, deadline)
         except TimeoutError:
             raise TimeoutError(f"{self.url}: {what!r} took longer than {deadline:g} s") from None
 
     def last_lines(self) -> list[str]:
-        """Where the server's log is, nobody knows here."""
+        """A line that refers to the server's log, which is not available here."""
         return [f"look into the log of {self.url}"]
 
     async def shutdown(self) -> None:
-        """Lets go of the server, which goes on. Idempotent."""
+        """Closes the connection; the server keeps running. Idempotent."""
         await self._client.aclose()
 
     def _request(

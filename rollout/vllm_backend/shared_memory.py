@@ -1,11 +1,11 @@
-"""The mirror: every tensor that an engine serves, as canonical bytes in one piece of memory that
-its processes share.
+"""The mirror: every tensor that an engine serves, as canonical bytes in memory shared with its
+processes.
 
-An engine that packs or shards what it loads cannot be asked for its bytes again. So the bytes it is
-to serve are kept here under their Hugging Face names; a patch is applied here, proved here, and
-each of the engine's processes loads from here and answers with the digest of what it read. The
-memory has no name in a file system (but for engines on other machines): nothing is left behind,
-however a process ends, and a small /dev/shm does not limit it.
+An engine that packs or shards its weights cannot return their original bytes. So these are kept
+here under their Hugging Face names; a patch is applied and verified here, and each of the engine's
+processes loads from here and answers with the digest of what it read. The memory has no name in a
+file system (except for engines on other machines): nothing is left behind, however a process ends,
+and a small /dev/shm does not limit it.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from ..weights.patch import (
 from ..weights.tensors import checkpoint_tensors, dtype_name
 
 ALIGNMENT = 64
-"""Bytes; a tensor starts where any processor may load it from."""
+"""Bytes to which a tensor's start is aligned; enough for any processor's loads."""
 
 
 class Entry(NamedTuple):
-    """Where one tensor lies in the shared memory."""
+    """The place and layout of one tensor in the shared memory."""
 
     dtype: str
-    """As safetensors spells it."""
+    """safetensors' name."""
     shape: tuple[int, ...]
     start: int
     size: int
@@ -53,23 +53,26 @@ class Entry(NamedTuple):
 
 
 class SharedFile:
-    """Memory that other processes of this user open by its path."""
+    """Memory that other processes of this user can open by its path."""
 
     def __init__(self, name: str, directory: str | None) -> None:
-        """directory: where they see it as a file; None: on this machine, in no file system."""
+        """directory: holds it as a file, for other machines; None: anonymous memory, for processes
+        on this machine."""
         self._file: str | None = None
         if directory is None:
             self.descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
         else:
             Path(directory).mkdir(parents=True, exist_ok=True)
-            self.descriptor, self._file = tempfile.mkstemp(prefix=f"{name}-", dir=directory)
+            descriptor, file = tempfile.mkstemp(prefix=f"{name}-", dir=directory)
+            self.descriptor = descriptor
+            self._file = file
 
     @property
     def path(self) -> str:
         return self._file or f"/proc/{os.getpid()}/fd/{self.descriptor}"
 
     def close(self) -> None:
-        """Idempotent."""
+        """Frees the memory once no other process maps it. Idempotent."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
@@ -78,13 +81,12 @@ class SharedFile:
 
 
 class Mirror:
-    """Holds nothing until the first write, which must be of every tensor and fixes the names and
-    shapes of all later ones."""
+    """The tensors of an engine in shared memory. It is empty until the first write, which must have
+    every tensor and fixes the names and shapes of all later ones."""
 
     def __init__(self, dtype: str, directory: str | None = None) -> None:
-        """dtype: the only one that the engine serves, as safetensors spells it. directory: where
-        the engine's processes see the mirror as a file; None: they run on this machine, under the
-        same user."""
+        """dtype: that of all tensors, by safetensors' name. directory: holds the mirror as a file
+        for the engine's processes; None: they run on this machine, under the same user."""
         self.dtype = dtype
         self._shared = SharedFile("emberl-mirror", directory)
         self._memory: mmap.mmap | None = None
@@ -92,7 +94,7 @@ class Mirror:
 
     @property
     def path(self) -> str:
-        """Where another process of this user on this machine opens it."""
+        """The path by which another process of this user opens it."""
         return self._shared.path
 
     @property
@@ -100,9 +102,9 @@ class Mirror:
         return sum(entry.size for entry in self.entries.values())
 
     def check(self, patch: WeightPatch) -> None:
-        """Finds all that can be wrong with a patch before a byte changes: ValueError for a tensor
-        that is not of this model or has another dtype or shape, DigestMismatchError where applying
-        it would not give the patch's digests."""
+        """Checks a patch before a byte changes. Raises ValueError for a tensor that is not of this
+        model or has another dtype or shape, and DigestMismatchError if applying it would not give
+        the patch's digests."""
         self.expect(
             {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in patch.tensors.items()}
         )
@@ -126,7 +128,8 @@ class Mirror:
         verify(arrived | kept, patch)
 
     def expect(self, tensors: Layout) -> None:
-        """ValueError for a tensor that is not of this model."""
+        """Raises ValueError for a tensor that is not of this model, or of another dtype or
+        shape."""
         for name, (dtype, shape) in tensors.items():
             if self.entries and name not in self.entries:
                 raise ValueError(f"{name} is not a tensor of this model")
@@ -145,21 +148,21 @@ class Mirror:
             self._bytes(self.entries[name])[:] = tensor.data.reshape(-1)
 
     def write_changes(self, changes: Mapping[str, TensorChange]) -> None:
-        """Writes what changed, whatever lies there. Again, it changes nothing."""
+        """Writes the new elements, without a look at the old ones. Idempotent."""
         for name, change in changes.items():
             elements = self._bytes(self.entries[name]).view(change.new.dtype)
             elements[change.positions] = change.new
 
     def as_changes(self, tensors: Mapping[str, TensorBytes]) -> dict[str, TensorChange]:
-        """How these tensors differ from the stored ones, element by element."""
+        """name -> the elements in which a tensor differs from the stored one."""
         return {name: between(self.tensor(name), tensor) for name, tensor in tensors.items()}
 
     def listed(self, names: Collection[str] | None = None) -> list[list[Any]]:
-        """[name, dtype, shape, start, size] of these, or of all, for other processes."""
+        """[name, dtype, shape, start, size] of these tensors, or of all, for other processes."""
         return [[name, *self.entries[name]] for name in (self.entries if names is None else names)]
 
     def lay_out(self, tensors: Layout) -> None:
-        """Makes room for these tensors; nothing to do once there is."""
+        """Allocates memory for these tensors; does nothing once that is done."""
         if self.entries or not tensors:
             return
         position = 0
@@ -171,17 +174,17 @@ class Mirror:
         self._memory = mmap.mmap(self._shared.descriptor, position)
 
     def tensor(self, name: str) -> TensorBytes:
-        """A view."""
+        """A view of one tensor's bytes."""
         entry = self.entries[name]
         return TensorBytes(dtype=entry.dtype, shape=entry.shape, data=self._bytes(entry))
 
     def digests(self) -> dict[str, str]:
-        """name -> xxh3-128 of the bytes that lie here now."""
+        """name -> xxh3-128 of the current bytes."""
         return {name: digest(self._bytes(entry)) for name, entry in self.entries.items()}
 
     def close(self) -> None:
-        """Gives the memory back once no other process has it mapped. Idempotent."""
-        # the map is freed with the last view of it
+        """Frees the memory once no other process maps it. Idempotent."""
+        # not `self._memory.close()`, which fails while there are views: it is freed with the last
         self._memory = None
         self.entries = {}
         self._shared.close()
@@ -194,10 +197,10 @@ class Mirror:
 def read_mirror(
     path: str, entries: Iterable[tuple[str, Entry]], *, copied: bool = True
 ) -> Iterator[tuple[str, TensorBytes]]:
-    """The tensors of another process's mirror one by one, each a copy: what is made of it shares
-    nothing with the mirror. Not `copied`: views, to be read and let go."""
+    """Yields the tensors of another process's mirror one by one: copies, which share nothing with
+    the mirror, or if not `copied` views, which must not be kept."""
     with open(path, "rb") as file:
-        # pages of its own where it is written to, which it is not: torch wants arrays that can be
+        # copy-on-write, though nothing is written: torch wants writable arrays
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     for name, entry in entries:
         data = np.frombuffer(memory, np.uint8, entry.size, entry.start)
@@ -206,14 +209,14 @@ def read_mirror(
 
 
 def write_mirror(path: str, entry: Entry, data: Bytes) -> None:
-    """Fills one tensor of another process's mirror."""
+    """Writes one tensor into another process's mirror."""
     with open(path, "r+b") as file:
         file.seek(entry.start)
         file.write(data.data)
 
 
 class Parcel:
-    """Changes in memory that an engine's processes read, for one update."""
+    """The changes of one update, in memory that an engine's processes read."""
 
     def __init__(self, changes: Mapping[str, TensorChange], directory: str | None = None) -> None:
         """directory: as of `Mirror`."""
@@ -268,8 +271,8 @@ def copied(tensor: TensorBytes) -> TensorBytes:
 
 
 def checkpoint_bytes(path: Path, dtype: str) -> dict[str, TensorBytes]:
-    """The tensors of a Hugging Face directory in the bytes that an engine of `dtype` makes of them;
-    a tied head once."""
+    """The tensors of a Hugging Face directory, converted to `dtype` as an engine does; without the
+    head if it is tied to the embedding."""
     tied = json.loads((path / "config.json").read_text()).get("tie_word_embeddings", False)
     kind: torch.dtype = getattr(torch, dtype)
     tensors = {}

@@ -1,5 +1,5 @@
-"""Weights from the learners into the engines' own processes, through the weight-transfer engines
-that vLLM has.
+"""Broadcast of weights from the learners into the engines' own processes, by vLLM's weight-transfer
+engines.
 
     learners, rank 0                                      a rollout worker
                                     <-- ready --          join(version): its engine decodes on
@@ -8,8 +8,8 @@ that vLLM has.
                                     the group (once) and
     send(version, tensors)          === tensors ==>       receive, proves the digests, resumes
 
-Words go through a store that the learner keeps, tensors through the devices' fabric: NCCL, or HCCL,
-which vllm-ascend puts under NCCL's name; on a CPU through `gloo`. All ranks confirm through the
+Messages go through a store that the learner keeps, tensors over the devices' fabric: NCCL, or HCCL,
+which vllm-ascend puts under NCCL's name; on a CPU over `gloo`. All ranks confirm through the
 store first: a rank stuck in a collective can only be killed. A worker that misses a version fetches
 it from the object store.
 """
@@ -33,15 +33,15 @@ from ..weights.tensors import as_tensor
 from ..weights.transport import TransferError
 from . import transfer_api
 
-c10d: Any = torch.distributed  # it exports more than its types say
+c10d: Any = torch.distributed  # Any: it exports more than its types say
 
 POLL = 0.01
-"""Seconds between two looks at how many workers are ready."""
+"""Seconds between two checks of how many workers are ready."""
 Send = Callable[[Mapping[str, torch.Tensor]], None]
 
 
 class GroupMember:
-    """A rollout worker's place in the groups that it hears of."""
+    """A rollout worker's membership in broadcast groups, one at a time."""
 
     def __init__(self) -> None:
         self._group: BroadcastGroup | None = None
@@ -49,11 +49,11 @@ class GroupMember:
         self.rank = 0
 
     def join(self, broadcast: Broadcast, joined: BroadcastGroup | None) -> int:
-        """Waits until all workers are ready for this broadcast; the rank of this engine's first
-        process. `TransferError` if they are not in time, or if this engine (whose processes are in
-        group `joined`) cannot take part."""
+        """Waits until all workers are ready for this broadcast; returns the rank of this engine's
+        first process. Raises TransferError if they are not in time, or if this engine, whose
+        processes are in group `joined`, cannot take part."""
         group = broadcast.group
-        # the learner gives up first: after its "go" nobody may be gone
+        # twice the learner's deadline, so that it gives up first: after "go" no worker may be gone
         within = timedelta(seconds=2 * broadcast.timeout)
         try:
             if self._group != group:
@@ -61,13 +61,13 @@ class GroupMember:
                 self.rank = 1 + (self._store.add(f"{group.group}/engines", 1) - 1) * group.ranks
                 self._group = group
             go = f"{group.group}/go/{broadcast.number}"
-            if broadcast.number > 0 and joined != group:  # the engine was started anew since
+            if broadcast.number > 0 and joined != group:  # the engine was restarted since
                 self._store.set(go, "no")
             self._store.add(f"{group.group}/ready/{broadcast.number}", 1)
             self._store.wait([go], within)
             if self._store.get(go) != b"go":
                 raise TransferError(f"an engine has left weight-transfer group {group.group}")
-        except RuntimeError as error:  # c10d's; also TransferError
+        except RuntimeError as error:  # c10d's errors, and the TransferError above
             self._group = None
             raise TransferError(
                 f"weight transfer {broadcast.number} did not begin: {error}"
@@ -76,10 +76,10 @@ class GroupMember:
 
 
 class Rendezvous:
-    """The learner's side: a store at which groups meet, one after the other."""
+    """The learner's side: a store by which groups are formed, one after the other."""
 
     def __init__(self, device: str, timeout: float, host: str | None = None) -> None:
-        """host: where the workers reach this process; None: at Ray's address of its node."""
+        """host: the address at which workers reach this process; None: Ray's of its node."""
         self._device = device
         self._groups = 0
         self.host = host or node_address()
@@ -89,7 +89,7 @@ class Rendezvous:
         )
 
     def group(self, workers: int, backend: str, ranks: int = 1) -> BroadcastGroup:
-        """A new one, of this process and `ranks` processes of each worker's engine."""
+        """A new group of this process and `ranks` processes of each worker's engine."""
         self._groups += 1
         return BroadcastGroup(
             host=self.host,
@@ -104,7 +104,7 @@ class Rendezvous:
 
 
 class Sender:
-    """The learners' end of one group; opened by its first broadcast."""
+    """The learners' end of one group; its processes join at the first broadcast."""
 
     def __init__(self, store: Any, group: BroadcastGroup) -> None:
         """store: that of the `Rendezvous`."""
@@ -113,7 +113,8 @@ class Sender:
         self._send: Send | None = None
 
     def send(self, version: EngineTransfer, tensors: Mapping[str, TensorBytes]) -> None:
-        """Returns when the tensors have left; TransferError if not all workers came."""
+        """Broadcasts a version; returns when the tensors are sent. Raises TransferError if not all
+        workers are ready in time."""
         self._await_workers(version.broadcast)
         if self._send is None:
             self._send = open_group(self.group, version.broadcast.timeout)
@@ -139,7 +140,8 @@ class Sender:
 
 
 def open_group(group: BroadcastGroup, timeout: float) -> Send:
-    """Meets the engines' processes as rank 0; the result broadcasts tensors to them."""
+    """Joins the engines' processes in a group, as rank 0; returns a function that broadcasts
+    tensors to them."""
     size = 1 + group.workers * group.ranks
     if group.backend != platform.CPU.weight_transfer:
         device = own_device(platform.named(group.device))

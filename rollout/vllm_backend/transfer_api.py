@@ -1,8 +1,8 @@
-"""vLLM's weight-transfer engines, as its versions have them.
+"""vLLM's weight-transfer engines, with the differences between its versions.
 
-The methods of vLLM's workers and the factory, in which vllm-ascend 0.23 puts its own, are the same
-from 0.23 to 0.32. What differs is read off the classes: since 0.28 it is said at the start that
-tensors come packed, before with each update; since 0.28 the trainer has an engine of its own,
+The methods of vLLM's workers and the factory, into which vllm-ascend 0.23 puts its own engine, are
+the same from 0.23 to 0.32. Differences are detected from the classes: since 0.28 packing of tensors
+is announced at the start, before with each update; since 0.28 the trainer has an engine of its own,
 before two static methods of the workers'. Importing this file loads neither vLLM nor torch.
 """
 
@@ -19,7 +19,7 @@ from .compat import installed_version
 
 
 def register_gloo() -> None:
-    """In a process of vLLM's: adds the engine for CPUs to the factory. Idempotent."""
+    """Adds the engine for CPUs to vLLM's factory, in one of vLLM's processes. Idempotent."""
     registry = _factory().WeightTransferEngineFactory
     if platform.CPU.weight_transfer not in registry._registry:
         registry.register_engine(
@@ -28,8 +28,8 @@ def register_gloo() -> None:
 
 
 def transfer_init(backend: str, host: str, port: int, rank: int, size: int) -> dict[str, Any]:
-    """The argument of `init_weight_transfer_engine`; rank: of the engine's first process, among
-    `size` of all and the sender."""
+    """The argument of `init_weight_transfer_engine`. rank: that of the engine's first process.
+    size: the number of all processes, the sender included."""
     meeting = {"master_address": host, "master_port": port, "rank_offset": rank, "world_size": size}
     return meeting | _packed(_worker_engine(backend).init_info_cls)
 
@@ -37,7 +37,7 @@ def transfer_init(backend: str, host: str, port: int, rank: int, size: int) -> d
 def transfer_update(
     backend: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> dict[str, Any]:
-    """The argument of `update_weights`; tensors: name -> torch's name of the dtype, and shape."""
+    """The argument of `update_weights`. tensors: name -> (torch's name of the dtype, shape)."""
     dtypes, shapes = zip(*tensors.values(), strict=True)
     info = {
         "names": list(tensors),
@@ -48,8 +48,8 @@ def transfer_update(
 
 
 def update_weights(worker: Any, update: dict[str, Any]) -> None:
-    """`update_weights` of one of vLLM's workers. To 0.24 that ends by waiting for an accelerator,
-    and a CPU has none."""
+    """Calls `update_weights` of one of vLLM's workers, or on a CPU, to 0.24, of its weight-transfer
+    engine: the worker's own ends by waiting for an accelerator there."""
     to_024 = bool(inspect.signature(worker.start_weight_update).parameters)
     (
         worker.weight_transfer_engine if to_024 and worker.device.type == "cpu" else worker
@@ -57,8 +57,8 @@ def update_weights(worker: Any, update: dict[str, Any]) -> None:
 
 
 def check_communicator(communicator: Any) -> None:
-    """RuntimeError for one that found no library: vLLM's and vllm-ascend's then do nothing, and say
-    nothing."""
+    """Raises RuntimeError for a communicator without a library: vLLM's and vllm-ascend's then
+    silently do nothing."""
     if getattr(communicator, "disabled", False):
         raise RuntimeError(
             f"{type(communicator).__name__} is disabled: this process could not load the library of"
@@ -68,7 +68,7 @@ def check_communicator(communicator: Any) -> None:
 
 
 def check_sender(backend: str) -> None:
-    """ValueError where a learner cannot send through `backend`."""
+    """Raises ValueError if a learner cannot send through `backend`."""
     if backend not in ("", platform.CPU.weight_transfer) and installed_version() is None:
         raise ValueError(
             f"rollout.engine_args.weight_transfer_config.backend={backend}: learners send by vLLM's"
@@ -80,8 +80,8 @@ def check_sender(backend: str) -> None:
 def open_transfer(
     backend: str, host: str, port: int, size: int, device: Any
 ) -> Callable[[Mapping[str, Any]], None]:
-    """A learner's end of a group, once all have met; what it returns sends name -> tensor, by way
-    of `device`."""
+    """Joins a group as the sender; returns a function that broadcasts a mapping name -> tensor, one
+    tensor at a time by way of `device`."""
     check_sender(backend)
     worker = _worker_engine(backend)
     if hasattr(worker, "trainer_send_weights"):
@@ -108,7 +108,7 @@ def open_transfer(
 
 @dataclass
 class _Source:
-    """Serves as vLLM's `WeightSource`; one tensor at a time goes to the device."""
+    """Implements vLLM's `WeightSource`; moves one tensor at a time to the device."""
 
     tensors: Mapping[str, Any]
     device: Any
@@ -125,21 +125,23 @@ class _Source:
 
 
 class _NoClient:
-    """Serves as vLLM's `VLLMWeightSyncClient`: each rollout worker tells its own engine."""
+    """Implements vLLM's `VLLMWeightSyncClient` by doing nothing: each rollout worker instructs its
+    own engine."""
 
     def __getattr__(self, _name: str) -> Callable[..., None]:
         return lambda *_: None
 
 
 def _factory() -> Any:
-    importlib.import_module("vllm.platforms").current_platform  # noqa: B018 -- loads vllm-ascend, which changes the factory
+    # this attribute loads vllm-ascend, which changes the factory
+    importlib.import_module("vllm.platforms").current_platform  # noqa: B018
     return importlib.import_module("vllm.distributed.weight_transfer.factory")
 
 
 def _worker_engine(backend: str) -> Any:
     register_gloo()
     registry = _factory().WeightTransferEngineFactory._registry
-    if backend not in registry:  # newer vllm-ascend adds its own by a plugin of vLLM
+    if backend not in registry:  # newer vllm-ascend registers its engine by a vLLM plugin
         importlib.import_module("vllm.plugins").load_general_plugins()
     return registry[backend]()
 

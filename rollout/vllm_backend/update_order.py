@@ -1,4 +1,4 @@
-"""The order in which an engine's weights may be changed."""
+"""The state machine of an engine's weight updates."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ LEGAL: dict[Step, dict[State, State]] = {
     "prove": {"cleared": "paused"},
     "resume": {"paused": "serving"},
 }
-"""The order in which an engine's weights may be changed, step -> state before -> state after; any
-other order raises:
+"""Step -> state before -> state after; any other order raises:
 
     serving -> paused -> loaded -> cleared -> paused -> serving          an update
     serving -> paused -> asleep -> awake -> loaded -> ...                a colocated engine
@@ -31,25 +30,27 @@ noticed by nobody. What woke has to be loaded and proved before it serves."""
 
 
 class OrderError(RuntimeError):
-    """A step of a weight update that may not come now."""
+    """A step of a weight update that is not allowed in the current state."""
 
 
 class UpdateOrder:
-    """Where one engine stands. A step that fails leaves it `broken`, and from there only `pause`
-    leads on."""
+    """The state of one engine. A step that fails leaves it `broken`, from which only `pause` is
+    allowed."""
 
     def __init__(self) -> None:
         self.state: State = "serving"
 
     @contextmanager
     def step(self, step: Step) -> Iterator[None]:
-        """Around the taking of a step: raises `OrderError` before it if it may not come now."""
+        """Around a step: sets the state after it. Raises OrderError, before it begins, if it is not
+        allowed now."""
         if self.state not in LEGAL[step]:
             allowed = " or ".join(name for name, moves in LEGAL.items() if self.state in moves)
             raise OrderError(
                 f"{step!r} may not come while the engine is {self.state!r}: from here only"
                 f" {allowed} may"
             )
-        before, self.state = self.state, "broken"
+        before = self.state
+        self.state = "broken"  # for as long as the step takes, and if it raises
         yield
         self.state = LEGAL[step][before]

@@ -1,5 +1,5 @@
-"""Updates that a vLLM engine's processes write into their own memory: what they have to know, to
-find and to prove for it, all beside decoding, and the writing, for which it stands still."""
+"""Updates that a vLLM engine's processes write into their own memory: placing tensors, locating
+changes and auditing them beside decoding, and writing them while it is paused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from .placed import layer_of
 from .shared_memory import Mirror, Parcel
 
 FIRST_LOOK, LAST_LOOK = 0.005, 0.1
-"""Seconds between two looks at whether the processes are done with something, which grow."""
+"""Seconds between two checks whether the processes are done; they double from the first to the
+last."""
 PARCEL = 1 << 22
 """Elements of a canary that are sent at a time."""
 Call = Callable[..., Awaitable[list[Any]]]
@@ -25,7 +26,7 @@ Call = Callable[..., Awaitable[list[Any]]]
 
 
 class InPlace:
-    """One engine's."""
+    """In-place updates of one engine's processes."""
 
     def __init__(self, mirror: Mirror, directory: str | None, call: Call, deadline: float) -> None:
         """directory: as of `Mirror`."""
@@ -34,40 +35,40 @@ class InPlace:
         self._call = call
         self._deadline = deadline
         self.elsewhere: dict[str, str] | None = None
-        """Why tensors cannot be written in place; None: nobody has asked the processes yet."""
+        """name -> reason, of tensors that cannot be written in place; None: not asked yet."""
         self._off = False
         self._told: frozenset[str] = frozenset()
 
     def forget(self) -> None:
-        """The processes are new ones, or have loaded everything."""
+        """Forgets the places, since the processes are new ones or have loaded everything."""
         self.elsewhere = None
 
     def give_up(self, why: object) -> None:
-        """From now on versions are loaded whole."""
+        """Switches in-place updates off, with a warning: versions are loaded whole from now on."""
         self._off = True
         warnings.warn(f"vLLM loads versions whole from now on: {why}", stacklevel=2)
 
     async def known(self) -> bool:
-        """Whether the processes know where tensors lie. Learnt once, before anything waits."""
+        """Whether the processes know the places of tensors; has them learn these at first."""
         if self._off:
             return False
         if self.elsewhere is None:
             arguments = (self._mirror.path, self._mirror.listed())
             try:
-                found = await self._call("place", "emberl_place", *arguments)
-            except Exception as error:  # of a lost engine, or a server of another version
+                by_process = await self._call("place", "emberl_place", *arguments)
+            except Exception as error:  # e.g. a lost engine, or a server of another version
                 warnings.warn(
                     f"vLLM loads this version whole: its processes cannot tell where tensors lie"
                     f" ({type(error).__name__}: {error})",
                     stacklevel=2,
                 )
                 return False
-            self.elsewhere = {name: why for reasons in found for name, why in reasons.items()}
+            self.elsewhere = {name: why for reasons in by_process for name, why in reasons.items()}
         return True
 
     def come_whole(self, names: Collection[str]) -> list[str]:
-        """The tensors that have to be loaded whole where these change: those that cannot be written
-        in place, with their layers."""
+        """The tensors that have to be loaded whole if `names` change: those of the layers in which
+        one of these cannot be written in place."""
         assert self.elsewhere is not None, "known before"
         first = sorted(name for name in names if name in self.elsewhere)
         layers = {layer_of(name) for name in first}
@@ -81,8 +82,8 @@ class InPlace:
         return [name for name in self.elsewhere if layer_of(name) in layers]
 
     async def find(self, changes: Mapping[str, TensorChange]) -> None:
-        """Has every process look at the changes and where they belong. DigestMismatchError,
-        MovedError: refused, with the tensor's name, and nothing has changed."""
+        """Has every process check and locate the changes. Raises DigestMismatchError or MovedError,
+        with the tensor's name, if one refuses; nothing has changed then."""
         parcel = await asyncio.to_thread(Parcel, changes, self._directory)
         try:
             begun = await self._call("find", "emberl_find", parcel.path, parcel.entries)
@@ -96,13 +97,14 @@ class InPlace:
             parcel.close()
 
     async def write(self) -> None:
-        """Writes the changes that were found. DigestMismatchError: some process has not, others may
-        have."""
+        """Writes the changes of `find`. Raises DigestMismatchError if some process refuses; others
+        may have written."""
         for problem in filter(None, await self._call("write", "emberl_write")):
             raise DigestMismatchError(problem)
 
     async def prove(self, version: int) -> None:
-        """DigestMismatchError: something else lies there than was written."""
+        """Has every process audit its weights. Raises DigestMismatchError if they are not those
+        that were written."""
         await self._call("prove", "emberl_prove", version)
         await self._done("prove")
 
@@ -117,7 +119,8 @@ class InPlace:
             raise DigestMismatchError(problem)
 
     def canary(self, names: Iterable[str], canary: Canary) -> Iterator[dict[str, TensorChange]]:
-        """The changes that make the canary of these tensors of the mirror, a parcel at a time."""
+        """Yields the changes that turn these tensors of the mirror into the canary, a parcel at a
+        time."""
         parcel: dict[str, TensorChange] = {}
         for name in names:
             before = self._mirror.tensor(name)

@@ -1,13 +1,12 @@
-"""Makes weights of patches, in two steps: one that may take its time while the old weights serve,
-one that takes none.
+"""Applies patches in two steps: a slow one while the old weights serve, and an instant one.
 
     whole = materialise(patch, held, threads=4)    # verified, beside; `held` is not touched
     held = advance(held, whole)                    # swaps
     await engine.apply(whole)                      # or an engine: it takes the same tensors
-    await engine.apply(resolve(patch, held))       # or, where it can, positions and values
+    await engine.apply(resolve(patch, held))       # or, if it can, positions and values
 
-Both are idempotent: a patch that was applied, or one that comes late, changes nothing. And what a
-patch changes, in numbers: `tensor_stats`.
+Both are idempotent: a patch that was applied, or one that comes late, changes nothing.
+`tensor_stats` counts the changes of a patch.
 """
 
 from __future__ import annotations
@@ -40,27 +39,27 @@ from .patch import (
 )
 
 EXPANSION = 1024
-"""Bytes of weights that an anchor may make of each of its own."""
+"""Most bytes of weights that an anchor may make from each byte of its own."""
 
 
 def materialise(patch: WeightPatch, held: Weights | None, *, threads: int = 1) -> WeightPatch:
-    """Verifies a patch against what is held (None: nothing yet) and makes the tensors that it
-    changes, beside the old ones: the same patch with each of them whole. If there is nothing to do
-    it has none, and leads from the version that is held to itself.
+    """The same patch with whole tensors in place of its deltas, verified against `held` (None:
+    nothing yet), whose tensors are not touched. If there is nothing to do it has no tensors, and
+    leads from the held version to itself.
 
-    VersionError: a patch of another run. VersionGap: its base is not what is held; the nearest
-    anchor must come first. CorruptPatchError: its bytes are not those that were sent, found before
-    any is used. DigestMismatchError: what comes out is not what the learners hold, or what is held
-    under the same version is not. Each names the tensor, and nothing has changed.
+    Raises VersionError for a patch of another run, VersionGap if its base is not held (the nearest
+    anchor must come first), CorruptPatchError if its bytes are not those that were sent (found
+    before any is used), and DigestMismatchError if the result, or the held weights of the same
+    version, are not the learners'. Each names the tensor.
     """
     if held is not None and _is_late(patch, held):
         return _nothing(held)
     base = None if patch.base_version is None else _check_base(patch, held)
-    # all is looked at before there is room for any: whoever made the patch may mean no good
+    # all sizes are checked before anything is allocated: the patch may be hostile
     shapes = dict(patch.tensors) | {
         name: _blank(name, delta, fill=False) for name, delta in patch.deltas.items()
     }
-    # each is asked for once: an engine may have to copy it from its device
+    # each is read once: an engine may have to copy it from its device
     old = {} if base is None else {name: base.tensors.get(name) for name in shapes}
     for name, before in old.items():
         _check_shape(name, shapes[name], before)
@@ -72,19 +71,20 @@ def materialise(patch: WeightPatch, held: Weights | None, *, threads: int = 1) -
         for name, delta in patch.deltas.items()
         for job in _jobs(name, delta, old.get(name), tensors[name].data)
     ]
+    # in two passes: no payload is used before the CRCs of all are right
     spread(_check, jobs, threads)
     spread(_decode, jobs, threads)
     names = list(tensors)
-    found = spread(lambda name: digest(tensors[name].data.reshape(-1)), names, threads)
+    after_digests = spread(lambda name: digest(tensors[name].data.reshape(-1)), names, threads)
     kept = {} if base is None else base.digests
-    verify({**kept, **dict(zip(names, found, strict=True))}, patch)
+    verify({**kept, **dict(zip(names, after_digests, strict=True))}, patch)
     return replace(patch, tensors=tensors, deltas={}, verified=True)
 
 
 def resolve(patch: WeightPatch, held: Weights | None, *, threads: int = 1) -> WeightPatch:
-    """As `materialise`, for an engine that writes what changed into its own storage: of a tensor
-    that changes little it has the positions and values (`changes`), and no whole tensor is made.
-    `held` is read, and its digest after the change is the learners': so what it was is proved, too.
+    """As `materialise`, for an engine that writes changes into its own storage: a tensor that
+    changes little comes as positions and values (`changes`), and is not made whole. `held` is read,
+    and its digest after the change compared with the learners', which also verifies `held` itself.
     """
     if held is None or patch.base_version is None or _is_late(patch, held):
         return materialise(patch, held, threads=threads)
@@ -97,10 +97,10 @@ def resolve(patch: WeightPatch, held: Weights | None, *, threads: int = 1) -> We
         assert before is not None, "checked above"
         return changes.find(name, delta, before)
 
-    found = dict(zip(old, spread(find, list(old), threads), strict=True))
-    little = {name: pair for name, pair in found.items() if pair is not None}
+    resolved = dict(zip(old, spread(find, list(old), threads), strict=True))
+    little = {name: pair for name, pair in resolved.items() if pair is not None}
     known = {name: after for name, (_, after) in little.items()}
-    # the rest as whole tensors, which also compares what was found here with the learners' digests
+    # the rest as whole tensors; this also compares `known` with the learners' digests
     rest = materialise(
         replace(
             patch,
@@ -115,7 +115,7 @@ def resolve(patch: WeightPatch, held: Weights | None, *, threads: int = 1) -> We
 
 
 def _is_late(patch: WeightPatch, held: Weights) -> bool:
-    """Whether there is nothing left to do; VersionError for a patch of another run,
+    """Whether a patch is applied already. Raises VersionError for a patch of another run, and
     DigestMismatchError for other weights of the same version."""
     if patch.run_id != held.run_id:
         raise VersionError(
@@ -127,32 +127,33 @@ def _is_late(patch: WeightPatch, held: Weights) -> bool:
 
 
 def merge(first: WeightPatch, second: WeightPatch) -> WeightPatch:
-    """Two verified patches, of which one builds on the other, as one."""
+    """Two verified patches, the second built on the first, as one."""
     if second.base_version is None:
         return second
-    tensors, found = dict(first.tensors), dict(first.changes)
+    tensors, combined = dict(first.tensors), dict(first.changes)
     for name, change in second.changes.items():
         if name in tensors:
             tensors[name] = changes.patched(tensors[name], change)
         else:
-            found[name] = changes.merged(found[name], change) if name in found else change
+            combined[name] = changes.merged(combined[name], change) if name in combined else change
     for name, tensor in second.tensors.items():
         tensors[name] = tensor
-        found.pop(name, None)
+        combined.pop(name, None)
     return replace(
         second,
         base_version=first.base_version,
         base_root=first.base_root,
         tensors=tensors,
-        changes=found,
+        changes=combined,
     )
 
 
 def advance(held: Weights | None, patch: WeightPatch) -> Weights:
-    """The weights after a patch that was materialised; `held` itself if it is of that version or a
-    later one.
+    """The weights after a materialised patch; `held` itself if it is of that version or a later
+    one.
 
-    VersionGap: `held` is no longer what the patch was materialised against.
+    Raises VersionError for a patch of another run, and VersionGap if `held` is not the version
+    against which it was materialised.
     """
     if held is not None and patch.run_id != held.run_id:
         raise VersionError(
@@ -182,7 +183,7 @@ def _nothing(held: Weights) -> WeightPatch:
 
 
 def _check_base(patch: WeightPatch, held: Weights | None) -> Weights:
-    """`held`, if the patch builds on it; else VersionGap."""
+    """`held`, if the patch builds on it. Raises VersionGap otherwise."""
     if held is None or held.version != patch.base_version:
         here = "nothing" if held is None else f"version {held.version}"
         raise VersionGap(
@@ -198,7 +199,7 @@ def _check_base(patch: WeightPatch, held: Weights | None) -> Weights:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Job:
-    """A chunk to decode."""
+    """A chunk to decode, with its old elements and the room for the new ones."""
 
     name: str
     number: int
@@ -246,7 +247,8 @@ def _blank(name: str, delta: TensorDelta, *, fill: bool = True) -> TensorBytes:
 
 
 def _check_expansion(patch: WeightPatch) -> None:
-    """CorruptPatchError for an anchor that would make far more weights than it has bytes."""
+    """Raises CorruptPatchError for an anchor that would allocate far more memory than it has
+    bytes."""
     sent = sum(delta.num_bytes for delta in patch.deltas.values())
     made = sum(
         math.prod(delta.shape) * element_bytes(name, delta.dtype)
@@ -269,26 +271,26 @@ def _check_shape(name: str, new: TensorBytes, old: TensorBytes | None) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorStats:
-    """One tensor of a patch."""
+    """The statistics of one tensor of a patch."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     elements: int
     changed: int
-    """Elements that differ from the base; all of a chunk that is sent raw."""
+    """Elements that differ from the base; all elements of a chunk that is sent raw."""
     wire_bytes: int
     modes: dict[str, int]
-    """How many chunks are coded in which way."""
+    """Mode -> number of chunks coded by it."""
 
 
 def tensor_stats(patch: WeightPatch) -> list[TensorStats]:
-    """Of every tensor that the patch brings, in the order of their names. The patch's CRCs must
-    have been checked."""
-    found = []
+    """The statistics of every tensor in the patch, sorted by name. Its CRCs must have been
+    checked."""
+    stats = []
     for name, delta in sorted(patch.deltas.items()):
         width = element_bytes(name, delta.dtype)
-        found.append(
+        stats.append(
             TensorStats(
                 name=name,
                 dtype=delta.dtype,
@@ -299,16 +301,16 @@ def tensor_stats(patch: WeightPatch) -> list[TensorStats]:
                 modes=dict(Counter(chunk.mode.name.lower() for chunk in delta.chunks)),
             )
         )
-    return found
+    return stats
 
 
 def changed_elements(patch: WeightPatch) -> int:
-    """How many elements the patch changes; one that is sent raw counts as changed."""
+    """The number of elements that the patch changes; one that is sent raw counts as changed."""
     return sum(stats.changed for stats in tensor_stats(patch))
 
 
 def _changed(chunk: Chunk, width: int) -> int:
-    # its stream begins with the number: six bits of its length, then itself
+    # a sparse stream begins with the number of changes: six bits of its length, then itself
     if chunk.mode is Mode.SPARSE:
         head = int.from_bytes(chunk.payload[:9].tobytes(), "little")
         return head >> 6 & ((1 << (head & 63)) - 1)

@@ -1,13 +1,13 @@
-"""The noun `Canary`: weights that differ from those that are served in every tensor, and what
-engines decoded with them.
+"""The noun `Canary`: weights that differ from the served ones in every tensor, with which engines
+decode as a proof that they use what they load.
 
 A canary is made of the served weights in place, on each side by itself, and taken back the same
 way, bit for bit: rows and columns of every tensor get signs drawn from a seed, and the whole of it
 is multiplied by a power of two. A rank-one pattern of signs goes through the product of LoRA's
 adapters as well as through the sum. The powers give every tensor the scale of a freshly initialised
-network, for two reasons. With the signs alone a trained model amplifies rounding until nothing can
-be told (135M, bfloat16: 0.8 nats); and in a network whose layers all count alike one tensor that
-was left behind shows in the log-probs of every token.
+network, for two reasons. With the signs alone a trained model amplifies rounding until it hides any
+fault (135M, bfloat16: 0.8 nats); and in a network whose layers all count alike a single stale
+tensor shows in the log-probs of every token.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ GAINS = {
     "o_proj": 4.0,
     "down_proj": 2.0,
 }
-"""Root mean square of a product's elements for an input of 1, where it is not 1. Of embedding and
-head it is the logits': more would drown all but the likeliest tokens in rounding. Attention
-averages over tokens, which its output's gain makes up for."""
+"""Part of a name -> root mean square of a product's elements for an input of 1; 1 for all others.
+Of embedding and head it is the logits': with more, rounding would hide all but the likeliest
+tokens. Attention averages over tokens, for which its output's gain makes up."""
 MOST_IN_PLACE = 1 << 27
-"""Elements: some seconds of a core."""
+"""Most elements that are written in place: some seconds of a core."""
 ZERO_BECOMES = 0.5
-"""The size of the elements that a tensor of zeros gets."""
+"""The magnitude that the elements of a tensor of zeros get."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Canary:
-    """How each tensor is changed."""
+    """The change of every tensor: signs from a seed, and a power of two."""
 
     seed: int
     powers: Mapping[str, int]
@@ -54,13 +54,14 @@ class Canary:
     zeros: frozenset[str] = frozenset()
     """Names of tensors that are zero everywhere."""
     without: str | None = None
-    """A tensor that is left as it is: what an engine that left it behind would compute."""
+    """A tensor that is left unchanged, to compute the log-probs of an engine in which it is
+    stale."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DecodeProof:
-    """What one engine decoded, all for the same requests, with the weights that it serves, with the
-    canary, and with the first again."""
+    """One engine's completions of the same requests with the served weights, with the canary, and
+    with the served weights again."""
 
     before: tuple[Completion, ...]
     canary: tuple[Completion, ...]
@@ -69,12 +70,12 @@ class DecodeProof:
     prompts."""
     after: tuple[Completion, ...]
     seconds: float
-    """In which it served nothing else."""
+    """Seconds for which it served nothing else."""
 
 
 def canary_of(seed: int, squares: Mapping[str, tuple[tuple[int, ...], float]]) -> Canary:
-    """squares: name -> (shape of the whole tensor, sum of the squares of its elements). ValueError
-    with the name of a tensor that has elements which are no numbers."""
+    """The canary of a model. squares: name -> (shape of the whole tensor, sum of the squares of its
+    elements). Raises ValueError with the name of a tensor whose elements are not all finite."""
     powers, zeros = {}, []
     for name, (shape, total) in squares.items():
         if not math.isfinite(total):
@@ -91,16 +92,16 @@ def canary_of(seed: int, squares: Mapping[str, tuple[tuple[int, ...], float]]) -
 
 
 def squares_of(tensors: Mapping[str, TensorBytes]) -> dict[str, tuple[tuple[int, ...], float]]:
-    """As `canary_of` takes them."""
-    found = {}
+    """name -> (shape, sum of squares) of every tensor, for `canary_of`."""
+    squares = {}
     for name in tensors:
         tensor = tensors[name]
-        found[name] = (tuple(tensor.shape), float(as_tensor(tensor).double().square().sum()))
-    return found
+        squares[name] = (tuple(tensor.shape), float(as_tensor(tensor).double().square().sum()))
+    return squares
 
 
 def _scale(name: str, shape: Sequence[int]) -> float:
-    """Root mean square of a tensor's elements in the canary."""
+    """The root mean square that a tensor's elements are to have in the canary."""
     if len(shape) < 2:
         return 1.0
     gain = next((gain for part, gain in GAINS.items() if part in name), 1.0)
@@ -116,15 +117,15 @@ def alter(
     rows: tuple[int, int] | None = None,
     axis: Literal["both", "rows", "columns"] = "both",
 ) -> None:
-    """Makes the canary's tensor of the served one in place, or, `back`, the other way round.
+    """Turns a served tensor into the canary's in place or, `back`, the other way round.
 
-    rows: (first row here, rows of the whole), where `tensor` is a shard. axis: of a factor of a
-    product only the rows' signs, or the columns' and the scale.
+    rows: (first row here, rows of the whole), if `tensor` is a shard. axis: for a factor of a
+    product (LoRA), `rows` applies the rows' signs only, `columns` the columns' signs and the scale.
     """
     if name == canary.without:
         return
     zero = name in canary.zeros
-    if zero and not back:  # a zero keeps its sign, by which it is known bit for bit
+    if zero and not back:  # with the zeros' signs, so that it can be taken back bit for bit
         tensor.copy_(torch.full_like(tensor, ZERO_BECOMES).copysign_(tensor))
     if axis != "columns":
         first, count = rows or (0, tensor.shape[0] if tensor.dim() else 1)
@@ -140,7 +141,7 @@ def alter(
 
 
 def altered(name: str, tensor: TensorBytes, canary: Canary, *, back: bool = False) -> TensorBytes:
-    """The same of a tensor's bytes, which stay as they are."""
+    """As `alter`, as a new tensor; the old bytes are not touched."""
     made = as_tensor(tensor).clone()
     alter(made, name, canary, back=back)
     data = made.contiguous().view(-1).view(torch.uint8).numpy()
@@ -148,9 +149,9 @@ def altered(name: str, tensor: TensorBytes, canary: Canary, *, back: bool = Fals
 
 
 def written_in_place(sizes: Mapping[str, int], canary: Canary) -> list[str]:
-    """Of tensors (name -> elements) that an engine could write in place, those that it does write
-    so when this canary is loaded: the others come whole, so that both ways are proved. It writes
-    every element, which is slow: of a large model other tensors each time."""
+    """The tensors that an engine writes in place when this canary is loaded, out of those (name ->
+    elements) that it could. The others are loaded whole, so that both ways are proved. Writing all
+    elements of a tensor is slow, so there are at most `MOST_IN_PLACE`, other ones for each seed."""
     names, chosen, left = sorted(sizes), [], MOST_IN_PLACE
     for number in np.random.default_rng([canary.seed, 2]).permutation(len(names)):
         if sizes[names[number]] <= left:
@@ -160,6 +161,7 @@ def written_in_place(sizes: Mapping[str, int], canary: Canary) -> list[str]:
 
 
 def _signs(seed: int, name: str, axis: int, count: int) -> Tensor:
-    """[count] of 1.0 and -1.0, each half of the draws."""
+    """[count] int8, 1 or -1 with equal probability, a function of seed, name and axis."""
+    # crc32, as `hash` of a text differs between processes, and each makes the canary by itself
     rng = np.random.default_rng([seed, axis, zlib.crc32(name.encode())])
     return torch.from_numpy(2 * rng.integers(0, 2, count, dtype=np.int8) - 1)

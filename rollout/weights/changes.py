@@ -1,10 +1,10 @@
-"""Positions and values: what changed in a tensor, to be written into an engine's own storage.
+"""The changes of a tensor as positions and values, to be written into an engine's own storage.
 
-    change, after = find("up.weight", delta, held.tensors["up.weight"])   # beside what is served
-    check("up.weight", change, "BF16", (64, 32))                          # before it stands still
+    change, after = find("up.weight", delta, held.tensors["up.weight"])   # while it decodes
+    check("up.weight", change, "BF16", (64, 32))                          # before it pauses
 
-What is found is proved by the digest of the tensor that it gives (`after`), which is read on the
-way and never held.
+A change is verified by the digest of the tensor after it (`after`), which is computed piece by
+piece without making that tensor whole.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from .patch import (
 )
 
 MOST = 0.25
-"""Share of a tensor's elements up to which it is written one by one; beyond that it costs more than
-to load it whole."""
+"""Share of a tensor's elements up to which they are written one by one; beyond it loading the whole
+tensor costs less."""
 PIECE = 1 << 20
 WIDTHS = (2, 4, 8)
-"""Bytes of the elements that are written one by one."""
+"""Bytes of elements that can be written one by one."""
 
 
 def find(name: str, delta: TensorDelta, before: TensorBytes) -> tuple[TensorChange, str] | None:
-    """What `delta` changes in `before`, and the digest of the tensor after it; None if it is more
-    than `MOST` of it, or of a dtype that is loaded whole.
+    """(the change of `before` by `delta`, the digest of the tensor after it); None if it changes
+    more than `MOST`, or if its dtype is loaded whole.
 
-    CorruptPatchError: bytes that are not those that were sent, with the chunk's number.
+    Raises CorruptPatchError, with the chunk's number, for bytes that are not those that were sent.
     """
     width = element_bytes(name, delta.dtype)
     size = math.prod(delta.shape)
@@ -48,7 +48,7 @@ def find(name: str, delta: TensorDelta, before: TensorBytes) -> tuple[TensorChan
     old = before.data.reshape(-1)
     scratch = np.empty(max(chunk.count for chunk in delta.chunks) * width, np.uint8)
     hashed, start = xxhash.xxh3_128(), 0
-    found: list[Difference] = []
+    differences: list[Difference] = []
     for number, chunk in enumerate(delta.chunks):
         part = old[start * width : (start + chunk.count) * width]
         try:
@@ -56,29 +56,34 @@ def find(name: str, delta: TensorDelta, before: TensorBytes) -> tuple[TensorChan
             if chunk.mode is not Mode.SKIP:
                 out = scratch[: part.nbytes]
                 decode_chunk(chunk, part, out, width)
-                found.append(_difference(elements(part, width), elements(out, width), start, size))
+                differences.append(
+                    _difference(elements(part, width), elements(out, width), start, size)
+                )
                 part = out
         except CorruptPatchError as error:
             raise CorruptPatchError(f"tensor {name}, chunk {number}: {error}") from error
         hashed.update(part.data)
         start += chunk.count
-        if sum(len(difference.positions) for difference in found) > MOST * size:
+        if sum(len(difference.positions) for difference in differences) > MOST * size:
             return None
-    found = found or [_difference(elements(old[:0], width), elements(old[:0], width), 0, size)]
-    whole = Difference(*(np.concatenate(column) for column in zip(*found, strict=True)))
+    differences = differences or [
+        _difference(elements(old[:0], width), elements(old[:0], width), 0, size)
+    ]
+    whole = Difference(*(np.concatenate(column) for column in zip(*differences, strict=True)))
     return _change(delta.dtype, delta.shape, whole), hashed.hexdigest()
 
 
 def loops() -> Any:
-    """`kernels.patch_coding.scatter`, at run time: numba takes most of a second, and vLLM's workers
-    do not start where it was loaded before (they look through all that is)."""
+    """The module `kernels.patch_coding.scatter`."""
+    # imported here: numba takes most of a second, and vLLM's workers, which inspect all loaded
+    # modules, do not start if it was loaded before
     from ...kernels.patch_coding import scatter
 
     return scatter
 
 
 class Difference(NamedTuple):
-    """[k] each, as in `TensorChange`."""
+    """[k] positions, old and new elements, as in `TensorChange`."""
 
     positions: NDArray[np.integer]
     old: NDArray[np.unsignedinteger]
@@ -93,15 +98,15 @@ def _difference(
 
 
 def between(before: TensorBytes, after: TensorBytes) -> TensorChange:
-    """The change that turns the one into the other; both of one dtype and shape."""
+    """The change from `before` to `after`, both of one dtype and shape."""
     width = element_bytes("a tensor", before.dtype)
     old, new = (elements(side.data.reshape(-1), width) for side in (before, after))
     return _change(before.dtype, tuple(before.shape), _difference(old, new, 0, len(old)))
 
 
 def piecewise(before: TensorBytes, after: TensorBytes) -> Iterator[TensorChange]:
-    """`between`, as changes of `PIECE` neighbours each: where most of a tensor changes, positions
-    and values take several times its bytes."""
+    """As `between`, in changes of `PIECE` neighbouring elements each, which bounds memory: if most
+    of a tensor changes, positions and values take several times its bytes."""
     width = element_bytes("a tensor", before.dtype)
     old, new = (elements(side.data.reshape(-1), width) for side in (before, after))
     for start in range(0, len(old), PIECE):
@@ -110,21 +115,21 @@ def piecewise(before: TensorBytes, after: TensorBytes) -> Iterator[TensorChange]
         yield _change(before.dtype, tuple(before.shape), difference)
 
 
-def _change(dtype: str, shape: tuple[int, ...], found: Difference) -> TensorChange:
+def _change(dtype: str, shape: tuple[int, ...], difference: Difference) -> TensorChange:
     return TensorChange(
         dtype=dtype,
         shape=shape,
-        positions=found.positions,
-        old=found.old,
-        new=found.new,
-        checksum=int(loops().change_checksum(*found)),
+        positions=difference.positions,
+        old=difference.old,
+        new=difference.new,
+        checksum=int(loops().change_checksum(*difference)),
     )
 
 
 def check(name: str, change: TensorChange, dtype: str, shape: tuple[int, ...]) -> None:
-    """Finds all that can be wrong with what came, before anything is written: ValueError if it is
-    not of a tensor of this dtype and shape, CorruptPatchError for positions outside of it, that
-    repeat or do not ascend, and for a checksum that is not theirs. Each names the tensor."""
+    """Checks a change before anything is written. Raises ValueError if it is not of a tensor of
+    this dtype and shape, and CorruptPatchError for positions that are outside of it, repeat or do
+    not ascend, and for a wrong checksum. Each names the tensor."""
     if (change.dtype, tuple(change.shape)) != (dtype, tuple(shape)):
         raise ValueError(
             f"{name}: got {change.dtype} {tuple(change.shape)}, the engine serves {dtype}"
@@ -155,24 +160,25 @@ def check(name: str, change: TensorChange, dtype: str, shape: tuple[int, ...]) -
             f"tensor {name}: position {change.positions[index]} comes after"
             f" {change.positions[index - 1]}; they must ascend without repeating"
         )
-    found = int(loops().change_checksum(change.positions, change.old, change.new))
-    if found != change.checksum:
+    checksum = int(loops().change_checksum(change.positions, change.old, change.new))
+    if checksum != change.checksum:
         raise CorruptPatchError(
-            f"tensor {name}: its changes have the checksum {found}, not {change.checksum}"
+            f"tensor {name}: its changes have the checksum {checksum}, not {change.checksum}"
         )
 
 
 def patched(before: TensorBytes, change: TensorChange) -> TensorBytes:
-    """The whole tensor after a change, as a copy. Also of a tensor that has it already."""
+    """A copy of the whole tensor after a change. Idempotent."""
     data = np.array(before.data.reshape(-1))
     elements(data, element_bytes("a tensor", before.dtype))[change.positions] = change.new
     return TensorBytes(dtype=before.dtype, shape=before.shape, data=data)
 
 
 def merged(first: TensorChange, second: TensorChange) -> TensorChange:
-    """Both as one: `second` was found in what `first` gives."""
+    """Both changes as one; `second` applies to the tensor after `first`."""
     both = np.concatenate((second.positions, first.positions))
-    positions, at = np.unique(both, return_index=True)  # of two the one that comes first here
+    # of equal positions `unique` takes the first, so `second` has to stand before `first`
+    positions, at = np.unique(both, return_index=True)
     new = np.concatenate((second.new, first.new))[at]
     old = np.concatenate((second.old, first.old))[at]
     shared, _, of_first = np.intersect1d(
@@ -185,7 +191,7 @@ def merged(first: TensorChange, second: TensorChange) -> TensorChange:
 def follow(
     tensors: Mapping[str, TensorBytes], changes: Mapping[str, TensorChange], name: str
 ) -> TensorBytes:
-    """The tensor after these changes."""
+    """The tensor `name` after these changes."""
     change = changes.get(name)
     return tensors[name] if change is None else patched(tensors[name], change)
 

@@ -1,7 +1,7 @@
-"""Codes one chunk of a tensor: its new bytes against its old ones, by whichever mode is smallest.
+"""Coding of one chunk of a tensor: its new bytes against its old ones, by the mode whose payload is
+smallest.
 
-What a chunk's payload holds is specified in `wire_format`. The loops are
-`kernels/patch_coding/delta.py`'s.
+Payloads are specified in `wire_format`; the loops are in `kernels/patch_coding/delta.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import zstandard
 
 from .patch import Bytes, Chunk, CorruptPatchError, Mode
 
-# at run time where it is used: numba takes most of a second, in processes that code nothing
+# imported in the functions that use it: numba takes most of a second, also in processes that code
+# nothing
 if TYPE_CHECKING:
     from ...kernels.patch_coding.delta import Elements
 
@@ -25,22 +26,22 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 CHUNK_BYTES = 1 << 20
-"""Of new bytes: the arrays of coding one stay in the processor's cache, and longer streams are
-hardly denser."""
+"""New bytes of a chunk: few enough that all arrays of its coding stay in the processor's cache;
+longer streams are hardly denser."""
 ZSTD_LEVEL = 1
 SPARSE_ENOUGH = 4
-"""A sparse payload this many times smaller than the raw bytes is taken without trying a dense
-one."""
+"""If the smallest payload so far is this many times smaller than the raw bytes, a dense one is not
+tried."""
 SAMPLE = 4096
-"""Elements that tell enough of a chunk to decide what to try."""
+"""Elements of a chunk that are sampled to decide which modes to try."""
 RUN = 512
-"""Elements of the sample that lie side by side: to look at one costs as much as to look at its
-neighbours."""
+"""Neighbouring elements of the sample: reading one costs as much as reading its neighbours too."""
 NOTHING = np.empty(0, np.uint8)
 
 
 def encode_chunk(old: Bytes | None, new: Bytes, width: int) -> Chunk:
-    """`old` None stands for zeros. A raw chunk's payload is `new` itself, not a copy."""
+    """The chunk that takes `old` (None: zeros) to `new`, elements of `width` bytes. A raw chunk's
+    payload is `new` itself, not a copy."""
     before = elements(np.zeros_like(new) if old is None else old, width)
     after = elements(new, width)
     count = len(after)
@@ -62,8 +63,8 @@ def encode_chunk(old: Bytes | None, new: Bytes, width: int) -> Chunk:
 
 
 def decode_chunk(chunk: Chunk, old: Bytes | None, out: Bytes, width: int) -> None:
-    """Writes the new bytes to `out`; CorruptPatchError if the payload cannot be of this chunk, with
-    `out` in any state."""
+    """Writes the new bytes to `out`. Raises CorruptPatchError, with `out` in any state, if the
+    payload cannot be of this chunk."""
     if chunk.mode is Mode.SKIP or chunk.mode is Mode.DENSE:
         out[:] = 0 if old is None else old
     if chunk.mode is Mode.RAW:
@@ -82,7 +83,7 @@ def decode_chunk(chunk: Chunk, old: Bytes | None, out: Bytes, width: int) -> Non
 
 
 def check_chunk(chunk: Chunk) -> None:
-    """CorruptPatchError unless the payload is the one that was encoded."""
+    """Raises CorruptPatchError if the payload does not have the chunk's CRC."""
     if zlib.crc32(chunk.payload.data) != chunk.crc:
         raise CorruptPatchError(
             f"its {chunk.payload.nbytes} bytes do not have the CRC {chunk.crc:08x}"
@@ -95,8 +96,8 @@ def elements(data: Bytes, width: int) -> Elements:
 
 
 def spread(work: Callable[[Job], Result], jobs: Sequence[Job], threads: int) -> list[Result]:
-    """`work` of every job, in their order. It helps, for coding a chunk leaves the interpreter to
-    others meanwhile."""
+    """The results of `work` for every job, in their order, computed by `threads` threads."""
+    # threads help: coding a chunk releases the interpreter's lock
     if threads == 1:
         return [work(job) for job in jobs]
     with ThreadPoolExecutor(threads, thread_name_prefix="weight-patch") as pool:
@@ -108,7 +109,7 @@ def _chunk(mode: Mode, count: int, payload: Bytes) -> Chunk:
 
 
 def _sample(before: Elements, after: Elements) -> npt.NDArray[np.signedinteger]:
-    """By how much elements differ here and there."""
+    """[runs, `RUN`] differences, new - old, of about `SAMPLE` elements spread over the chunk."""
     runs = max(1, len(before) // RUN)
     step = -(-runs * RUN // SAMPLE)
     old, new = (side[: runs * RUN].reshape(runs, -1)[::step] for side in (before, after))
@@ -116,13 +117,16 @@ def _sample(before: Elements, after: Elements) -> npt.NDArray[np.signedinteger]:
 
 
 def _worth_trying(differences: npt.NDArray[np.signedinteger], width: int) -> bool:
-    """Whether listing changes may beat raw bytes. It takes longest where it helps least."""
+    """Whether a sparse payload may be smaller than the raw bytes, by a sample of differences."""
+    # an estimate first, since sparse coding takes longest for chunks in which it saves least
     changed = differences[differences != 0].astype(np.float64)
     return bool(np.sum(np.log2(np.abs(changed)) + 1) < 8 * width * differences.size)
 
 
 def decompress(payload: Bytes, size: int) -> bytes:
+    """The `size` bytes of a zstd frame. Raises CorruptPatchError if it has another size."""
     try:
+        # checked first, since a hostile frame could claim any size
         if zstandard.get_frame_parameters(payload.data).content_size != size:
             raise CorruptPatchError(f"a compressed payload of another size than {size} bytes")
         return zstandard.ZstdDecompressor().decompress(payload.data, allow_extra_data=False)

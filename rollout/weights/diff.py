@@ -1,11 +1,10 @@
-"""Makes patches of weights: on one process of whole tensors, or on the ranks of a learner each of
-its own shard.
+"""Makes patches: in one process from whole tensors, or on the ranks of a learner, from each one's
+own shard.
 
-patch = encode(base, tensors, run_id=run_id, version=8, threads=4)
+    patch = encode(base, tensors, run_id=run_id, version=8, threads=4)
 
-part = diff(snapshot, shards, threads=4)                                   # on every rank
-patch = join([part0, part1], base, run_id=run_id, version=8)               # where the whole base is
-at hand
+    part = diff(snapshot, shards, threads=4)                          # on every rank
+    patch = join([part0, part1], base, run_id=run_id, version=8)      # on the one with the base
 """
 
 from __future__ import annotations
@@ -34,24 +33,24 @@ from .patch import (
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Shard:
-    """Consecutive elements of a tensor in C order: what a rank holds of one that is sharded by its
+    """Consecutive elements of a tensor in C order: a rank's part of one that is sharded by its
     first dimension."""
 
     dtype: str
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     start: int
-    """The first element's number in the whole tensor."""
+    """Index of the first element in the whole tensor."""
     data: Bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TensorPart:
-    """How a shard changed."""
+    """The change of a shard."""
 
     dtype: str
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     start: int
     chunks: tuple[Chunk, ...]
     digest: str
@@ -70,13 +69,13 @@ def encode(
     version: int,
     threads: int = 1,
 ) -> WeightPatch:
-    """The patch that takes `base` to these tensors; without a base an anchor that is compressed
-    (`dense_patch` makes one that is not, much faster).
+    """The patch that takes `base` to these tensors; without a base a compressed anchor
+    (`dense_patch` makes one that is not compressed, much faster).
 
-    The tensors must stay as they are until the patch has gone: what is sent raw is a view of them.
+    The tensors must not change until the patch is sent: its raw chunks are views of them.
 
-    ValueError: names, dtypes or shapes that are not the base's, which only an anchor can bring.
-    VersionError: a base of another run, or one that is not older.
+    Raises ValueError for names, dtypes or shapes that are not the base's, which only an anchor can
+    change, and VersionError for a base of another run, or one that is not older.
     """
     shards = {
         name: Shard(dtype=tensor.dtype, shape=tensor.shape, start=0, data=tensor.data)
@@ -89,8 +88,8 @@ def encode(
 def diff(
     old: Mapping[str, Bytes] | None, new: Mapping[str, Shard], *, threads: int = 1
 ) -> dict[str, TensorPart]:
-    """How each shard changed against its old bytes of the same name; `old` None stands for
-    zeros."""
+    """name -> the change of each shard from its bytes in `old` (None: zeros). Raises ValueError if
+    their sizes differ."""
     widths = {name: element_bytes(name, shard.dtype) for name, shard in new.items()}
     after = {name: shard.data.reshape(-1) for name, shard in new.items()}
     before: dict[str, Bytes] = (
@@ -132,33 +131,33 @@ def diff(
 def join(
     parts: Iterable[Mapping[str, TensorPart]], base: Weights | None, *, run_id: str, version: int
 ) -> WeightPatch:
-    """The patch whose tensors are made of the ranks' parts, in any order. A tensor that several
-    ranks share is put together here to take its digest, and proved to be theirs.
+    """The patch made of the ranks' parts, in any order. A tensor of several parts is decoded here
+    to take its digest, and each part's own digest is verified.
 
-    ValueError: parts that leave an element out or bring it twice, or that are not of the base's
-    tensors. VersionError as in `encode`. DigestMismatchError: a rank's part was not made against
-    this base.
+    Raises ValueError for parts that leave an element out or have it twice, or that are not of the
+    base's tensors, VersionError as `encode`, and DigestMismatchError if a rank's part was not made
+    against this base.
     """
     if base is not None and (base.run_id != run_id or base.version >= version):
         raise VersionError(
             f"version {version} of run {run_id} cannot follow {base.version} of run {base.run_id}"
         )
-    found: dict[str, list[TensorPart]] = {}
+    by_name: dict[str, list[TensorPart]] = {}
     for part in parts:
         for name, piece in part.items():
-            found.setdefault(name, []).append(piece)
-    if base is not None and found.keys() != base.tensors.keys():
-        strays = ", ".join(sorted(found.keys() ^ base.tensors.keys()))
+            by_name.setdefault(name, []).append(piece)
+    if base is not None and by_name.keys() != base.tensors.keys():
+        strays = ", ".join(sorted(by_name.keys() ^ base.tensors.keys()))
         raise ValueError(
             f"not in both version {base.version} and {version}: {strays}; only an anchor can say"
             " that"
         )
     deltas, digests = {}, {}
-    for name in sorted(found):
+    for name in sorted(by_name):
         pieces = sorted(
-            (piece for piece in found[name] if piece.count), key=lambda piece: piece.start
+            (piece for piece in by_name[name] if piece.count), key=lambda piece: piece.start
         )
-        pieces = pieces or found[name][:1]
+        pieces = pieces or by_name[name][:1]  # an empty tensor has parts without elements only
         held = None if base is None else base.tensors[name]
         _check_pieces(name, pieces, held)
         digests[name] = pieces[0].digest if len(pieces) == 1 else _joint_digest(name, pieces, held)

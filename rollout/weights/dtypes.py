@@ -1,4 +1,4 @@
-"""The dtypes of tensors, as safetensors spells them. Loads no torch."""
+"""The dtypes of tensors by safetensors' names. Loads no torch."""
 
 from __future__ import annotations
 

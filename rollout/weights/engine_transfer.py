@@ -1,7 +1,6 @@
-"""The nouns of a version that goes from the learners into an engine's own processes, by a
-broadcast.
+"""The nouns of a version that is broadcast from the learners into an engine's own processes.
 
-`vllm_backend/transfer.py` has what the learners and the workers do with them.
+`vllm_backend/transfer.py` has the two ends of the broadcast.
 """
 
 from __future__ import annotations
@@ -18,48 +17,48 @@ Layout = Mapping[str, tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BroadcastGroup:
-    """Rank 0 of the learners and the processes of all engines; one that lost a member is never used
-    again."""
+    """Rank 0 of the learners and the processes of all engines. A group that has lost a member is
+    never used again."""
 
     host: str
     port: int
-    """Of the store by which learners and workers agree."""
+    """Port of the store by which learners and workers agree."""
     group: int
-    """Its number at that store."""
+    """The group's number at that store."""
     workers: int
     device: str
     """A platform's name."""
     backend: str
-    """The weight-transfer engine of vLLM through which the processes receive."""
+    """vLLM's weight-transfer engine by which the processes receive."""
     ranks: int = 1
     """Processes of one engine."""
     engine_port: int = 0
-    """Where those meet rank 0 of the learners."""
+    """The port at which those join rank 0 of the learners."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Broadcast:
-    """The next broadcast of a group."""
+    """One broadcast of a group."""
 
     group: BroadcastGroup
     number: int
-    """Of the broadcast within its group, from 0."""
+    """Its number within the group, from 0."""
     timeout: float
-    """Seconds, before a worker has the version another way."""
+    """Seconds after which a worker fetches the version another way."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class EngineTransfer:
-    """One version and the broadcast by which it comes."""
+    """One version, and the broadcast that sends it."""
 
     broadcast: Broadcast
     tensors: Layout
-    """In the order in which they are sent."""
+    """The tensors, in the order in which they are sent."""
     digests: Mapping[str, str]
 
     @property
     def described(self) -> Layout:
-        """With torch's names of the dtypes."""
+        """`tensors` with torch's names of the dtypes."""
         return {name: (TORCH_NAMES[dtype], shape) for name, (dtype, shape) in self.tensors.items()}
 
     @property

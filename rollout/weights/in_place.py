@@ -1,7 +1,7 @@
-"""Where the elements of a checkpoint's tensor lie in an engine's memory, and writing them there.
+"""The places of a checkpoint's tensor in an engine's memory, and writing changes there.
 
-A tensor may lie in several places: in a matrix and in its copy for matrix units, in an embedding
-and in a head that is tied to it; and a place may have a part of it only, as a rank has.
+A tensor may have several places: a matrix and its copy for matrix units, or an embedding and the
+head that is tied to it; and a place may hold only a part of it, as on a rank.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .codec import spread
 from .patch import DigestMismatchError, RefusedError, TensorChange
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of an element -> the dtype that its bits are moved as."""
+"""Bytes of an element -> the dtype as which its bits are moved."""
 LOW = 0xFFFF_FFFF
 BLOCK = 256
-"""Rows that are read at a time."""
+"""Rows of a checksum on a device that are read at a time."""
 PIECE = 1 << 16
 """Elements that a thread writes at a time."""
 NOT_MADE_FOR = "is not what the change was made for"
@@ -31,24 +31,24 @@ NOT_MADE_FOR = "is not what the change was made for"
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Place:
-    """One memory that has rows `first_row` ... and columns `first_column` ... of a tensor: element
-    (r, c) at `rows[r - first_row] + columns[c - first_column]`."""
+    """One memory that holds rows `first_row` ... and columns `first_column` ... of a tensor, with
+    element (r, c) at `rows[r - first_row] + columns[c - first_column]`."""
 
     memory: Tensor
-    """[n] integers of the elements' width, all that `rows` and `columns` may lead to."""
+    """[n] integers of the elements' width."""
     rows: Tensor
-    """[R] int64, on the memory's device, as `columns` are."""
+    """[R] int64 offsets, on the memory's device."""
     columns: Tensor
-    """[C] int64."""
+    """[C] int64 offsets, on the memory's device."""
     width: int
     """Columns of the whole tensor."""
     first_row: int = 0
     first_column: int = 0
     keeps: Any = None
-    """The owner of the memory, where `memory` is not."""
+    """The owner of the memory, if that is not `memory`; kept alive with the place."""
 
     def find(self, change: TensorChange) -> Found:
-        """Where the change belongs here, and its part that does. Reads no weights."""
+        """The part of a change that belongs into this memory, located. Reads no weights."""
         if self.memory.device.type != "cpu":
             return self._found_on_device(change)
         count = len(change.positions)
@@ -62,7 +62,7 @@ class Place:
         return Found(memory, at[:here].copy(), old[chosen], new[chosen], chosen, self.keeps)
 
     def checksum(self) -> int:
-        """Of what lies here, as its part of the whole tensor's (`scatter`)."""
+        """The checksum of the elements here: their part of the whole tensor's (`scatter`)."""
         if self.memory.device.type == "cpu":
             kind = np.dtype(f"<u{self.memory.element_size()}")
             return int(loops().checksum(self.memory.numpy().view(kind), *self._where()))
@@ -93,7 +93,7 @@ class Place:
         return Found(self.memory, at, old, new, chosen.nonzero()[:, 0], self.keeps)
 
     def _find(self, positions: NDArray[np.integer]) -> tuple[Tensor, Tensor]:
-        """([k] where in the memory, [all] which of the positions are here)."""
+        """([k] indices in the memory, [all positions] bool, whether it is here)."""
         flat = torch.from_numpy(positions).to(self.memory.device).long()
         rows = torch.div(flat, self.width, rounding_mode="floor")
         columns = flat - rows * self.width - self.first_column
@@ -108,8 +108,9 @@ class Place:
 
 
 def plain(held: Tensor, shape: Sequence[int], first: tuple[int, int] = (0, 0)) -> Place:
-    """Of a tensor of one or two dimensions, with any strides, that has the elements from (row,
-    column) `first` on of a tensor of `shape`; one dimension is one row."""
+    """The place of a tensor `held` of one or two dimensions, with any strides, that holds the
+    elements from (row, column) `first` on of a tensor of `shape`; one dimension is one row. Raises
+    ValueError for other dimensions."""
     matrix = held.detach().view(INTEGERS[held.element_size()])
     matrix = matrix if held.dim() == 2 else matrix[None]
     if matrix.dim() != 2 or len(shape) != held.dim():
@@ -127,7 +128,8 @@ def plain(held: Tensor, shape: Sequence[int], first: tuple[int, int] = (0, 0)) -
 
 
 def part_checksum(place: Place, whole: Tensor) -> int:
-    """What `place.checksum()` has to be where the tensor is `whole`, which lies on the host."""
+    """The value that `place.checksum()` must have if the tensor is `whole`, a tensor on the
+    host."""
     columns, first = len(place.columns), place.first_column
     rows = whole.reshape(-1, place.width)[place.first_row : place.first_row + len(place.rows)]
     shape = (1, place.width) if whole.dim() < 2 else tuple(whole.shape)
@@ -136,16 +138,17 @@ def part_checksum(place: Place, whole: Tensor) -> int:
 
 
 class Found(NamedTuple):
-    """The part of a change that belongs into one memory: nothing is left to do but to write it."""
+    """The part of a change that belongs into one memory, ready to be written."""
 
     memory: Any
-    """An array of unsigned integers on the host, a tensor of integers on a device; so the rest."""
+    """An array of unsigned integers on the host, or a tensor of integers on a device; the other
+    fields likewise."""
     at: Any
-    """[k] where."""
+    """[k] indices in the memory."""
     old: Any
     new: Any
     chosen: Any
-    """[k] which of the change's positions these are; None: all of them."""
+    """[k] indices into the change's positions; None: all of them."""
     keeps: Any = None
     """As of `Place`."""
 
@@ -155,22 +158,22 @@ class Found(NamedTuple):
         return self._replace(at=at, old=old, new=new, chosen=chosen)
 
     def pieces(self) -> Iterator[tuple[int, Found]]:
-        """(number of its first element, part): small enough that threads have equal shares of
-        them. A device has threads of its own."""
+        """Yields (index of its first element, part), small enough for threads to have equal
+        shares; a single part on a device, which has threads of its own."""
         size = len(self.at) or 1 if isinstance(self.memory, Tensor) else PIECE
         for start in range(0, len(self.at), size):
             yield start, self.part(start, start + size)
 
     def exchange(self) -> Wrong | None:
-        """Writes `new` where `old` lies and reads it back; what is wrong, and then nothing was
-        written."""
+        """Writes `new` in place of `old` and reads it back. Returns the first problem, in which
+        case all is as before."""
         if isinstance(self.memory, Tensor):
             return self._exchange_on_device(self.memory)
         what, index = loops().exchange(self.memory, self.at, self.old, self.new)
         return None if what == loops().WRITTEN else Wrong(int(index), what == loops().LOST)
 
     def take_back(self) -> None:
-        """Writes `old`, whatever lies there."""
+        """Writes `old` without a look at what is there."""
         if isinstance(self.memory, Tensor):
             self.memory.index_copy_(0, self.at, self.old)
         else:
@@ -189,35 +192,35 @@ class Found(NamedTuple):
 
 
 class Wrong(NamedTuple):
-    """Of what was to be written into one memory."""
+    """The first element that could not be written into one memory."""
 
     element: int
     is_lost: bool
-    """What was written does not lie there; else something else lay there before."""
+    """True: it does not hold what was written. False: it did not hold the old value before."""
 
 
 class Piece(NamedTuple):
-    """Of a tensor's change, what one thread writes in one go."""
+    """The part of a tensor's change that one thread writes in one go."""
 
     name: str
     change: TensorChange
     first: int
-    """Of `found`'s elements, among those of its place."""
-    found: Found
+    """Index of `located`'s first element among those of its place."""
+    located: Found
 
     @property
     def is_on_device(self) -> bool:
-        return isinstance(self.found.memory, Tensor)
+        return isinstance(self.located.memory, Tensor)
 
 
 class Writing:
-    """Changes, found in every place where they belong: made beside what is served, written and read
-    back while nothing is decoded."""
+    """Changes located in every place: made while the engine decodes, written and read back while it
+    is paused."""
 
     def __init__(
         self, changes: Iterable[tuple[str, TensorChange, Sequence[Place]]], threads: int = 1
     ) -> None:
-        """Every change is one that `changes.check` has passed."""
+        """changes: (name, change, places) of each tensor; `changes.check` must have passed."""
         self._pieces = [
             Piece(name, change, first, part)
             for name, change, places in changes
@@ -226,26 +229,27 @@ class Writing:
         ]
         self._threads = threads
         for piece in self._pieces:
-            if not piece.is_on_device:  # while decoding stands still, to compile would cost seconds
-                empty = piece.found.part(0, 0)
+            if not piece.is_on_device:
+                # compiles the loops now: it takes seconds, for which `write` would pause decoding
+                empty = piece.located.part(0, 0)
                 empty.exchange()
                 empty.take_back()
 
     def write(self) -> None:
-        """With the tensor's name: RefusedError if something else lies there than a change was made
-        for, DigestMismatchError if afterwards something else does than was written; all is then as
-        it was."""
+        """Writes all changes, or none. Raises RefusedError if an element is not the one for which a
+        change was made, and DigestMismatchError if one does not hold what was written, each with
+        the tensor's name; all is then as before."""
         wrong = dict(self._everywhere())
         if not wrong:
             return
         for number, piece in reversed(list(enumerate(self._pieces))):
             if number not in wrong:
-                piece.found.take_back()
+                piece.located.take_back()
         number = min(wrong)
         index, is_lost = wrong[number]
-        name, change, first, found = self._pieces[number]
+        name, change, first, part = self._pieces[number]
         position = change.positions[
-            first + index if found.chosen is None else int(found.chosen[index])
+            first + index if part.chosen is None else int(part.chosen[index])
         ]
         what = "does not hold what was written" if is_lost else NOT_MADE_FOR
         lost = any(each.is_lost for each in wrong.values())
@@ -254,15 +258,15 @@ class Writing:
         )
 
     def take_back(self) -> None:
-        """All is then as it was before `write`."""
+        """Restores the elements as they were before `write`."""
         for piece in self._pieces:
-            piece.found.take_back()
+            piece.located.take_back()
 
     def _everywhere(self) -> list[tuple[int, Wrong]]:
-        """(number of a piece, what is wrong with it)."""
+        """Writes all pieces; (number of a piece, its problem) of those that failed."""
 
         def do(numbers: Sequence[int]) -> list[tuple[int, Wrong]]:
-            outcomes = ((number, self._pieces[number].found.exchange()) for number in numbers)
+            outcomes = ((number, self._pieces[number].located.exchange()) for number in numbers)
             return [(number, wrong) for number, wrong in outcomes if wrong is not None]
 
         share = -(-len(self._pieces) // self._threads) or 1
@@ -270,16 +274,16 @@ class Writing:
             range(start, min(start + share, len(self._pieces)))
             for start in range(0, len(self._pieces), share)
         ]
-        return [outcome for found in spread(do, runs, self._threads) for outcome in found]
+        return [outcome for results in spread(do, runs, self._threads) for outcome in results]
 
 
 def weight(positions: Tensor) -> Tensor:
-    """`scatter.weight` on any device."""
+    """As `scatter.weight`, for a tensor of positions on any device."""
     mixed = (positions + 1) * loops().FIRST_FACTOR
-    found: Tensor = (mixed ^ (mixed >> 32 & LOW)) * loops().SECOND_FACTOR | 1
-    return found
+    weights: Tensor = (mixed ^ (mixed >> 32 & LOW)) * loops().SECOND_FACTOR | 1
+    return weights
 
 
 def signed(number: int) -> int:
-    """Modulo 2^64, as a signed number."""
+    """The number modulo 2^64, as a signed 64-bit one."""
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -1,14 +1,15 @@
-"""The noun `WeightPatch`: how the weights of one version become those of the next, with proof.
+"""The noun `WeightPatch`: the step from the weights of one version to those of the next, with
+digests.
 
 Canonical space is Hugging Face's: its parameter names and shapes, in the exact bytes that an engine
 serves. Every patch carries the digest of each tensor *after* applying it, so an engine can prove
-that what it serves is what the learners hold. An **anchor** carries every tensor and needs nothing
-before it; any other patch changes the weights of its base version. Tensors come whole (`tensors`)
-or as what changed in them (`deltas`).
+that it serves what the learners hold. An **anchor** carries every tensor and needs no base; any
+other patch changes the weights of its base version. Tensors come whole (`tensors`) or as their
+changes (`deltas`).
 
-`codec` codes deltas, `diff` makes patches of weights, `apply` makes weights of patches, and
+`codec` codes deltas, `diff` makes patches from weights, `apply` makes weights from patches, and
 `wire_format` is a patch as bytes. Engines take whole tensors, which `apply.materialise` makes, and
-most take positions and values, too (`TensorChange`), which `apply.resolve` makes.
+most also take positions and values (`TensorChange`), which `apply.resolve` makes.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ class DigestMismatchError(RuntimeError):
 
 
 class RefusedError(DigestMismatchError):
-    """Something else lies in an engine's memory than a change was made for: nothing was written."""
+    """An element in an engine's memory is not the one for which a change was made; nothing was
+    written."""
 
 
 class MovedError(RuntimeError):
-    """A tensor of an engine lies elsewhere than decoding reads: an update would not reach it."""
+    """A tensor of an engine has another address than decoding reads, so updates do not reach it."""
 
 
 class VersionError(RuntimeError):
@@ -45,12 +47,12 @@ class VersionError(RuntimeError):
 
 
 class VersionGap(VersionError):
-    """A patch whose base is not what is held here: an anchor, or the patches between, must come
+    """A patch whose base is not held here: an anchor, or the patches in between, must come
     first."""
 
 
 class CorruptPatchError(RuntimeError):
-    """A patch that is not what was sent: cut short, or with bits that differ."""
+    """A patch that is not what was sent: truncated, or with other bits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -58,18 +60,18 @@ class TensorBytes:
     """One tensor in canonical space: `data` is its C-order little-endian bytes."""
 
     dtype: str
-    """As safetensors spells it: `BF16`, `F32`, `F16`, `F64`."""
+    """safetensors' name, e.g. `BF16`, `F32`, `F16`, `F64`."""
     shape: tuple[int, ...]
     data: Bytes
 
 
 class Mode(IntEnum):
-    """How a chunk says what its elements become."""
+    """The coding of a chunk's payload."""
 
     SKIP = 0
-    """Nothing changed."""
+    """No payload: nothing changed."""
     SPARSE = 1
-    """Where changes are, and by how much."""
+    """Positions and sizes of the changes."""
     DENSE = 2
     """Every element's difference, compressed."""
     RAW = 3
@@ -89,8 +91,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TensorDelta:
-    """The change of one tensor: chunks that follow one another from its first element to its
-    last."""
+    """The change of one tensor: consecutive chunks from its first element to its last."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -103,17 +104,17 @@ class TensorDelta:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TensorChange:
-    """The change of one tensor, ready to be written where the tensor lies. `changes.check` says
-    whether it may be."""
+    """The change of one tensor as positions and values, to be written in place after
+    `changes.check`."""
 
     dtype: str
     shape: tuple[int, ...]
     positions: NDArray[np.integer]
-    """[k] int32, or int64 for a tensor of 2^31 elements and more: where, in C order; ascending."""
+    """[k] int32, or int64 for a tensor of 2^31 elements and more: ascending indices in C order."""
     old: NDArray[np.unsignedinteger]
-    """[k] the elements' bits, as unsigned integers of their width, before; and"""
+    """[k] bits of the elements before, as unsigned integers of their width."""
     new: NDArray[np.unsignedinteger]
-    """after."""
+    """[k] bits of the elements after."""
     checksum: int
     """The change's contribution to the tensor's checksum (`kernels.patch_coding.scatter`), as a
     signed 64-bit number."""
@@ -125,19 +126,19 @@ class TensorChange:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Transfer:
-    """All that one engine has to know to receive a version in its own processes."""
+    """The data that one engine needs to receive a version in its own processes."""
 
     version: EngineTransfer
     rank: int
-    """In the group, of the first of the engine's processes; the others follow it."""
+    """Rank in the group of the engine's first process; the others follow it."""
     fallback: Callable[[], Mapping[str, TensorBytes]]
-    """Has the tensors another way; to be called in a thread."""
+    """Fetches the tensors another way; blocks, so it must be called in a thread."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class WeightPatch:
-    """Takes an engine to `version`; an anchor (`base_version` None) does so whatever the engine
-    served before."""
+    """Takes an engine from `base_version` to `version`; an anchor (`base_version` None) does so
+    from any version."""
 
     run_id: str
     version: int
@@ -148,18 +149,17 @@ class WeightPatch:
     serves."""
     base_version: int | None = None
     base_root: str | None = None
-    """The root digest of the weights it changes: versions of one number may differ where a learner
-    was restarted."""
+    """The root digest of the base: versions of one number may differ after a learner's restart."""
     deltas: Mapping[str, TensorDelta] = field(default_factory=dict)
-    """Tensors that come as changes of the base (of zeros, in an anchor). What comes in neither way
-    stays as it is."""
+    """Tensors that come as changes of the base (of zeros, in an anchor). Tensors that come in
+    neither way stay unchanged."""
     changes: Mapping[str, TensorChange] = field(default_factory=dict)
     """Tensors that come as positions and values, within one machine."""
     transfer: Transfer | None = None
-    """All tensors come from the learners into an engine's own processes, and none here."""
+    """If not None, all tensors are broadcast into an engine's own processes, and none are here."""
     verified: bool = False
-    """Whether what comes out has been compared with `digests`: an engine need not do so again
-    before it loads anything."""
+    """Whether the result was compared with `digests`, so that an engine need not do so again before
+    it loads anything."""
 
     @property
     def num_bytes(self) -> int:
@@ -172,14 +172,14 @@ class WeightPatch:
         return root_digest(self.digests)
 
     def of(self, names: Collection[str]) -> WeightPatch:
-        """What it says of these tensors alone, for `verify`."""
+        """A copy with the digests of these tensors alone, for `verify`."""
         return replace(self, digests={name: self.digests[name] for name in names})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Weights:
-    """All tensors of one version, whose digests were verified. Nobody writes to them any more, but
-    for an engine, to those that it serves."""
+    """All tensors of one version, with verified digests. Nobody writes to them any more, except an
+    engine to those that it serves."""
 
     run_id: str
     version: int
@@ -192,7 +192,7 @@ class Weights:
 
 
 class Views(Mapping[str, TensorBytes]):
-    """Tensors that are read when somebody asks for them."""
+    """A mapping of tensors that are read on access."""
 
     def __init__(self, names: Collection[str], read: Callable[[str], TensorBytes]) -> None:
         self._names = names
@@ -216,7 +216,7 @@ def digest(data: Bytes) -> str:
 
 
 def check_size(name: str, tensor: TensorBytes) -> None:
-    """ValueError if its data is not as many bytes as its dtype and shape say."""
+    """Raises ValueError if a tensor's data has not the bytes of its dtype and shape."""
     size = math.prod(tensor.shape) * element_bytes(name, tensor.dtype)
     if tensor.data.dtype != np.uint8:
         raise ValueError(f"{name}: its data must be bytes (uint8), got {tensor.data.dtype}")
@@ -227,8 +227,8 @@ def check_size(name: str, tensor: TensorBytes) -> None:
 
 
 def check_names(patch: WeightPatch, names: Collection[str]) -> None:
-    """Finds what a patch for an engine that serves these tensors cannot be: one of others, or one
-    that has something twice. DigestMismatchError and ValueError, with a name."""
+    """Checks a patch for an engine with these tensors. Raises DigestMismatchError if it is of other
+    tensors, and ValueError if it has one twice, each with a name."""
     if twice := sorted(patch.tensors.keys() & patch.changes.keys()):
         raise ValueError(
             f"{twice[0]} comes twice in patch {patch.version}: whole, and as what changes in it"
@@ -238,7 +238,8 @@ def check_names(patch: WeightPatch, names: Collection[str]) -> None:
 
 
 def check_base(patch: WeightPatch, root: str | None) -> None:
-    """VersionError if it builds on other weights than those of this root digest; None: unknown."""
+    """Raises VersionError if the patch's base is not the weights of this root digest (None:
+    unknown)."""
     if None not in (root, patch.base_version, patch.base_root) and root != patch.base_root:
         raise VersionError(
             f"patch {patch.version} builds on another version {patch.base_version} than the one"
@@ -253,7 +254,8 @@ def root_digest(digests: Mapping[str, str]) -> str:
 
 
 def element_bytes(name: str, dtype: str) -> int:
-    """Bytes of an element of the tensor `name`; ValueError for a dtype that is not in the table."""
+    """Bytes of an element of the tensor `name`. Raises ValueError for a dtype that is not in
+    `ELEMENT_BYTES`."""
     if dtype not in ELEMENT_BYTES:
         raise ValueError(
             f"{name}: dtype {dtype} cannot be patched, only {', '.join(ELEMENT_BYTES)} can"
@@ -271,9 +273,10 @@ def dense_patch(
 
 
 def is_next(patch: WeightPatch, run_id: str, version: int, *, served: bool) -> bool:
-    """Whether an engine at this version has to load it; VersionError if it may not come now.
+    """Whether an engine at this version has to load the patch. Raises VersionError if it does not
+    fit.
 
-    run_id: of the run whose versions are taken; empty: any. served: whether the version is whole.
+    run_id: that of the engine's run; "": any. served: whether the engine's version is intact.
     """
     if run_id and patch.run_id != run_id:
         raise VersionError(f"a patch of run {patch.run_id}, but this engine serves run {run_id}")

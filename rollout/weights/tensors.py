@@ -1,6 +1,6 @@
-"""A model's tensors as safetensors files, byte for byte; torch is loaded for `as_tensor` alone
+"""A model's tensors as safetensors files, byte for byte
 (https://github.com/huggingface/safetensors: u64 length of a JSON header, the header, then the
-tensors)."""
+tensors). Only `as_tensor` loads torch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_model(path: Path) -> dict[str, TensorBytes]:
-    """The tensors of a safetensors file, or of a Hugging Face directory's; ValueError if there are
-    none."""
+    """The tensors of a safetensors file, or of those of a Hugging Face directory, as memory maps.
+    Raises ValueError if there are none."""
     if path.is_dir():
         index = path / INDEX
         names = (
@@ -60,14 +60,14 @@ def read_model(path: Path) -> dict[str, TensorBytes]:
 
 
 def write_model(path: Path, tensors: Mapping[str, TensorBytes]) -> None:
-    """One file that `safetensors` and transformers read; it is there whole or not at all."""
+    """Writes one file that `safetensors` and transformers read, atomically."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
         offsets = [end, end := end + tensor.data.nbytes]
         header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # as safetensors does, so that tensors are aligned to 8 bytes
     partial = path.with_name(f".{path.name}")
     with partial.open("wb") as file:
         file.write(LENGTH.pack(len(text)) + text)
@@ -77,23 +77,23 @@ def write_model(path: Path, tensors: Mapping[str, TensorBytes]) -> None:
 
 
 def as_tensor(tensor: TensorBytes) -> torch.Tensor:
-    """A view of its bytes."""
+    """A view of a tensor's bytes as a torch tensor."""
     import torch
 
     dtype: torch.dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
-    if not tensor.data.size:  # torch views nothing as nothing else
+    if not tensor.data.size:  # torch cannot view an empty tensor as another dtype
         return torch.empty(tensor.shape, dtype=dtype)
     return torch.from_numpy(tensor.data).view(dtype).view(tensor.shape)
 
 
 def checkpoint_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of `read_model`, a copy that may be written to."""
+    """Yields every tensor of `read_model`, as a copy that may be written to."""
     for name, tensor in read_model(path).items():
         yield name, as_tensor(replace(tensor, data=np.array(tensor.data)))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As safetensors spells it."""
+    """safetensors' name of a torch dtype."""
     spelt = str(dtype).removeprefix("torch.")
     return next(name for name, torch_name in TORCH_NAMES.items() if torch_name == spelt)
 

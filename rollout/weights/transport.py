@@ -1,11 +1,10 @@
-"""How a patch's bytes reach the engines: what the learners announce, and the places where the bytes
-can be had.
+"""The transport of patches from the learners to the engines: stores, and announcements of what is
+in them.
 
-    ref = store.put(version, base_version, pieces)     # the learners' side: `ObjectStore` or
-    `Directory` data = place.fetch(link)                               # an engine's side; place is
-    one of the ref's
+    ref = store.put(version, base_version, pieces)     # the learners: `ObjectStore`, `Directory`
+    data = place.fetch(link)                           # an engine; place is one of ref.places
 
-Nothing here is trusted: what is fetched is verified by `patch_format` and `patch_apply`.
+Nothing here is trusted: fetched bytes are verified by `wire_format` and `apply`.
 """
 
 from __future__ import annotations
@@ -27,11 +26,12 @@ READ_BYTES = 1 << 20
 
 
 class TransferError(RuntimeError):
-    """The bytes of a patch could not be had from a place within the deadline."""
+    """The bytes of a patch could not be fetched from a source within the deadline."""
 
 
 class TokenBucket:
-    """Lets `rate` bytes a second through, and `burst` at once: a weak link for tests."""
+    """Limits a transfer to `rate` bytes a second, with bursts of `burst` bytes: a slow link for
+    tests."""
 
     def __init__(self, rate: float, burst: float = 1 << 16) -> None:
         self.rate = rate
@@ -40,7 +40,7 @@ class TokenBucket:
         self._at = time.monotonic()
 
     def take(self, size: int) -> None:
-        """Returns when the link would have carried them."""
+        """Sleeps until the link would have carried `size` bytes."""
         now = time.monotonic()
         self._tokens = min(self.burst, self._tokens + (now - self._at) * self.rate) - size
         self._at = now
@@ -50,7 +50,7 @@ class TokenBucket:
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class FetchContext:
-    """An engine's end of the way to the learners."""
+    """The deadline and the rate limit of an engine's fetches."""
 
     timeout: float
     """Seconds for one patch."""
@@ -58,23 +58,23 @@ class FetchContext:
 
 
 class PatchSource(Protocol):
-    """Where the bytes of one patch can be had."""
+    """A source of one patch's bytes."""
 
     def fetch(self, link: FetchContext) -> Bytes:
-        """All of them; `TransferError` if they do not come within the link's deadline."""
+        """All bytes. Raises TransferError if they do not come within the link's deadline."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ObjectStoreSource:
-    """Ray's object store: of what several engines of a node fetch, the node gets one copy."""
+    """An object in Ray's object store, of which a node gets one copy for all its engines."""
 
     reference: Any
 
     def fetch(self, link: FetchContext) -> Bytes:
         try:
             data: Bytes = ray.get(self.reference, timeout=link.timeout)
-        except ray.exceptions.RayError as error:  # lost with its node, or late: the same to us
+        except ray.exceptions.RayError as error:  # lost with its node, or late: all the same here
             raise TransferError(
                 f"Ray's object store has not given it within {link.timeout:g} s: {error}"
             ) from error
@@ -111,45 +111,45 @@ class FileSource:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PatchRef:
-    """One patch that can be had."""
+    """A published patch, and the sources from which it can be fetched."""
 
     version: int
     base_version: int | None
     size: int
-    """Bytes of the file."""
+    """Bytes of the patch."""
     places: tuple[PatchSource, ...]
-    """To be tried in this order."""
+    """Sources, to be tried in this order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class WeightUpdate:
-    """The announcement to every engine: the version that is to be served, and all patches that may
-    lead there."""
+    """The announcement to every engine: the version to be served, and all patches that may lead
+    there."""
 
     run_id: str
     attempt: int
-    """Grows from one start of the learners to the next, which may begin at an older version: what
-    is announced by an earlier one comes late."""
+    """Number of the learners' start, which grows. A start may begin at an older version, so
+    announcements of earlier ones are ignored."""
     version: int
     root: str
     patches: tuple[PatchRef, ...] = ()
-    """Each builds on the one before it."""
+    """A chain: each builds on the one before it."""
     anchors: tuple[PatchRef, ...] = ()
-    """To be tried in this order where the patches do not lead on from what is held."""
+    """Anchors, to be tried in this order if the patches do not lead on from the held version."""
     engines: EngineTransfer | None = None
-    """The learners send this version into the engines' own processes; what else is here is for who
-    misses it."""
+    """If not None, the learners broadcast this version into the engines' own processes; patches and
+    anchors are for those that miss it."""
 
     def with_anchor(self, anchor: PatchRef) -> WeightUpdate:
-        """The same with an anchor that is tried before the others."""
+        """A copy with an anchor that is tried before the others."""
         return replace(self, anchors=(anchor, *self.anchors))
 
     def routes(self, held: int | None) -> Iterator[tuple[PatchRef, ...]]:
-        """Ways from the version that is held (None: nothing) to the new one, in the order in which
-        to try them."""
+        """Yields chains of patches from the held version (None: nothing) to the new one, in the
+        order in which to try them."""
         direct = self._onward(held)
         if direct is not None:
-            # what was damaged on its way may come through the second time
+            # twice: bytes that were damaged on the way may arrive intact the second time
             yield from (direct, direct)
         for anchor in self.anchors:
             onward = self._onward(anchor.version)
@@ -157,15 +157,15 @@ class WeightUpdate:
                 yield (anchor, *onward)
 
     def _onward(self, version: int | None) -> tuple[PatchRef, ...] | None:
-        """The patches that lead from there to the new version; None if they do not."""
+        """The patches that lead from `version` to the new one; None if they do not."""
         if version is None:
             return None
-        found: list[PatchRef] = []
+        onward: list[PatchRef] = []
         for ref in self.patches:
             if ref.base_version == version:
-                found.append(ref)
+                onward.append(ref)
                 version = ref.version
-        return tuple(found) if version == self.version else None
+        return tuple(onward) if version == self.version else None
 
 
 class PatchStore(Protocol):
@@ -177,7 +177,7 @@ class PatchStore(Protocol):
 
 
 class ObjectStore:
-    """Ray's; an object lives as long as anybody holds its ref."""
+    """Ray's object store; a patch lives as long as anybody holds its ref."""
 
     def put(
         self, version: int, base_version: int | None, pieces: Iterable[bytes | memoryview]
@@ -209,12 +209,12 @@ class Directory:
         with partial.open("wb") as file:
             for piece in pieces:
                 size += file.write(piece)
-        partial.rename(path)  # an engine sees all of it or nothing
+        partial.rename(path)  # atomic: an engine sees the whole file or none
         place = FileSource(path=str(path.absolute()))
         return PatchRef(version=version, base_version=base_version, size=size, places=(place,))
 
     def keep(self, refs: Iterable[PatchRef]) -> None:
-        """Deletes every other patch."""
+        """Deletes all patches but these."""
         wanted = {
             Path(place.path).name
             for ref in refs
@@ -229,8 +229,8 @@ class Directory:
 def list_patches(folder: Path) -> list[Path]:
     """The files that `Directory` wrote, by version, an anchor before a patch of the same
     version."""
-    found = [path for path in folder.glob("[0-9]*") if path.suffix in (".anchor", ".patch")]
-    return sorted(found, key=lambda path: (path.name[:8], path.suffix))
+    paths = [path for path in folder.glob("[0-9]*") if path.suffix in (".anchor", ".patch")]
+    return sorted(paths, key=lambda path: (path.name[:8], path.suffix))
 
 
 __all__ = [

@@ -1,5 +1,4 @@
-"""A weight patch as bytes: what is sent over a weak link, and what a file of a run's weight history
-holds.
+"""A weight patch as bytes, for slow links and for the files of a run's weight history.
 
     data = to_bytes(patch)     # or `pieces(patch)`, without a copy of what is large
     patch = from_bytes(data)   # CorruptPatchError says what is broken
@@ -125,8 +124,8 @@ NO_ROOT = bytes(16)
 DTYPES = tuple(ELEMENT_BYTES)
 KEPT = 255
 LONGEST_NAME, DIMENSIONS, NAMES = 4096, 16, 16
-"""Bytes of a name, dimensions of a tensor, and bytes of all names for a byte of the directory: what
-a reader takes, whoever wrote the file."""
+"""Most bytes of a name, dimensions of a tensor, and bytes of all names per byte of the directory:
+the limits of a reader, since a file may be hostile."""
 
 
 def to_bytes(patch: WeightPatch) -> bytes:
@@ -135,8 +134,8 @@ def to_bytes(patch: WeightPatch) -> bytes:
 
 
 def pieces(patch: WeightPatch) -> Iterator[bytes | memoryview]:
-    """The file piece by piece: header and directory, then each payload, of which nothing is
-    copied."""
+    """Yields the file in pieces: header and directory, then each payload, without copying it.
+    Raises ValueError for tensors without a digest."""
     deltas = {
         **patch.deltas,
         **{name: _whole(name, tensor) for name, tensor in patch.tensors.items()},
@@ -165,8 +164,8 @@ def pieces(patch: WeightPatch) -> Iterator[bytes | memoryview]:
 
 
 def from_bytes(data: bytes | bytearray | memoryview | Bytes) -> WeightPatch:
-    """The patch. Its payloads are views of `data`; `patch_apply.prepare` checks their CRCs before
-    it uses any."""
+    """The patch of a file. Its payloads are views of `data`, whose CRCs `apply` checks before it
+    uses any. Raises CorruptPatchError for any other fault."""
     file = np.frombuffer(data, np.uint8)
     start = HEADER.size + CRC.size
     if len(file) < start:
@@ -196,7 +195,7 @@ def from_bytes(data: bytes | bytearray | memoryview | Bytes) -> WeightPatch:
         )
     try:
         run_id, deltas, digests = _read_directory(directory, file[start + size :])
-    except ValueError as error:  # its CRC is right: whoever wrote it knows another format
+    except ValueError as error:  # its CRC is right, so it was written wrong, not damaged
         raise CorruptPatchError(
             f"the directory of weight patch {version} makes no sense: {error}"
         ) from error
@@ -218,7 +217,7 @@ def from_bytes(data: bytes | bytearray | memoryview | Bytes) -> WeightPatch:
 
 
 def _whole(name: str, tensor: TensorBytes) -> TensorDelta:
-    """Raw chunks that are views of the tensor."""
+    """A tensor as raw chunks that are views of it."""
     width, data = element_bytes(name, tensor.dtype), tensor.data.reshape(-1)
     parts = [data[start : start + CHUNK_BYTES] for start in range(0, data.nbytes, CHUNK_BYTES)]
     chunks = tuple(
@@ -264,11 +263,12 @@ def _write_directory(
 def _read_directory(
     directory: bytes, body: Bytes
 ) -> tuple[str, dict[str, TensorDelta], dict[str, str]]:
-    """(run id, deltas, digests); ValueError if it is not one."""
+    """(run id, deltas, digests). Raises ValueError if it is not a valid directory."""
     reader = _Reader(directory)
     run_id = reader.string().decode()
     tensors: list[tuple[str, str, tuple[int, ...], list[tuple[Mode, int, int]]]] = []
     names: list[str] = []
+    # names share their ends with the one before, so a small file could spell out very long ones
     previous, room = b"", NAMES * len(directory)
     for _ in range(reader.varint()):
         first, last, middle = reader.varint(), reader.varint(), reader.string()
@@ -304,12 +304,12 @@ def _read_directory(
     digests = {name: reader.take(16).hex() for name in names}
     deltas, end = {}, 0
     for name, kind, shape, entries in tensors:
-        found = []
+        decoded = []
         for mode, count, size in entries:
             (crc,) = CRC.unpack(reader.take(CRC.size))
-            found.append(Chunk(mode=mode, count=count, payload=body[end : end + size], crc=crc))
+            decoded.append(Chunk(mode=mode, count=count, payload=body[end : end + size], crc=crc))
             end += size
-        deltas[name] = TensorDelta(dtype=kind, shape=shape, chunks=tuple(found))
+        deltas[name] = TensorDelta(dtype=kind, shape=shape, chunks=tuple(decoded))
     if reader.at != len(directory) or end != len(body):
         raise ValueError(
             f"{len(directory) - reader.at} of its bytes and {len(body) - end} of the body are left"
@@ -338,7 +338,7 @@ def _put_string(out: bytearray, text: bytes) -> None:
 
 
 class _Reader:
-    """Takes one field after another; ValueError beyond the end."""
+    """Reads one field after another. Raises ValueError beyond the end."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
