@@ -215,17 +215,6 @@ class PromptWriter:
         self._settings = settings
         self._tokenizer = tokenizer
         self._template = template_of(settings, tokenizer)
-        self._answered = 0
-
-    @property
-    def notes(self) -> list[str]:
-        """Remarks for a person about the prompts made so far."""
-        if not self._answered:
-            return []
-        return [
-            f"{self._answered} conversations end with the assistant's answer, which is left out of"
-            " the prompt; data.final_answer=continue lets the model go on from it"
-        ]
 
     def question(
         self, question: str, *, id: str, answer: str, source: str, columns: Mapping[str, Any]
@@ -295,7 +284,6 @@ class PromptWriter:
             return messages, prefix, False
         if self._settings.final_answer == "continue":
             return messages[:-1], messages[-1]["content"] or prefix, True
-        self._answered += 1
         return messages[:asked], prefix, False
 
     def fits(self, prompt: Prompt) -> bool:

@@ -132,12 +132,14 @@ def _by_k(folder: Path, result: Mapping[str, Any], pyplot: Any) -> Any:
     if not rows:
         return None
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    drawn: set[int] = set()
     for row, colour in zip(rows, _COLOURS * len(rows), strict=False):
         for kind, style in (("pass", "-"), ("maj", "--")):
             curves = {
                 int(name.split("@")[1]): row[name] for name in row if name.startswith(f"{kind}@")
             }
             ks = [1, *sorted(curves)]
+            drawn |= {*ks}
             values = [row[f"mean@{row['n']}"], *(curves[k] for k in ks[1:])]
             axes.plot(
                 ks,
@@ -148,7 +150,7 @@ def _by_k(folder: Path, result: Mapping[str, Any], pyplot: Any) -> Any:
                 label=f"{row['set']} {kind}@k",
             )
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ks, [str(k) for k in ks])
+    axes.set_xticks(sorted(drawn), [str(k) for k in sorted(drawn)])
     axes.set_xlabel("k")
     axes.set_ylabel("fraction of problems")
     axes.set_ylim(0, 1.03)

@@ -242,17 +242,26 @@ def _over(name: str, values: Sequence[float]) -> float:
 def teacher_metrics(batches: Sequence[Batch], distill: DistillConfig) -> dict[str, float]:
     """For each teacher its number of loss tokens and, if it scored these, the mean of log(policy /
     teacher) on them: the reverse KL to it. Also the number of tokens without a teacher."""
-    metrics: dict[str, float] = {}
-    for batch in batches if distill.active else ():
+    if not batches or not distill.active:
+        return {}
+    untaught = 0
+    tokens = dict.fromkeys(distill.teachers, 0)
+    gaps: dict[str, list[NDArray[Any]]] = {name: [] for name in distill.teachers}
+    for batch in batches:
         assert batch.teacher_ids_T is not None
         mask, old_T = batch.loss_mask_T, batch.old_logp_T
+        old_T = batch.behaviour_logp_T if old_T is None else old_T
         teachers = batch.teacher_ids_T[mask]
-        metrics["distill/untaught_tokens"] = float((teachers < 0).sum())
+        untaught += int((teachers < 0).sum())
         for number, name in enumerate(distill.teachers):
             own = teachers == number
-            metrics[f"distill/tokens/{name}"] = float(own.sum())
-            if batch.teacher_logp_T is not None and own.any():
-                old_T = batch.behaviour_logp_T if old_T is None else old_T
+            tokens[name] += int(own.sum())
+            if batch.teacher_logp_T is not None:
                 gap = (old_T - batch.teacher_logp_T)[mask][own]
-                metrics[f"distill/reverse_kl/{name}"] = float(gap[np.isfinite(gap)].mean())
+                gaps[name].append(gap[np.isfinite(gap)])
+    metrics = {"distill/untaught_tokens": float(untaught)}
+    for name in distill.teachers:
+        metrics[f"distill/tokens/{name}"] = float(tokens[name])
+        if sum(map(len, gaps[name])):
+            metrics[f"distill/reverse_kl/{name}"] = float(np.concatenate(gaps[name]).mean())
     return metrics

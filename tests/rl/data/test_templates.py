@@ -200,9 +200,6 @@ def test_the_answer_of_a_conversation_never_gets_into_its_prompt(family: str, mo
         "36",
         "+1?",
     ] and prompt.prefix == ""
-    (note,) = writer.notes
-    assert note.startswith("1 conversations end with the assistant's answer, which is left out")
-    assert PromptWriter(DataConfig(source="arithmetic"), tokenizer).notes == []
 
 
 def test_an_answer_that_is_cut_is_said_of_a_table(tmp_path: Path) -> None:

@@ -258,6 +258,15 @@ def test_advantages_and_figures_by_hand() -> None:
         "distill/tokens/t": 3.0,
         "distill/reverse_kl/t": pytest.approx((-0.5 + 1.5) / 2),
     }
+    # a step of two updates: the second's tokens count, too, of which none has a teacher's figure
+    unseen = replace(taught, teacher_logp_T=np.full(4, -np.inf))
+    without = replace(taught, teacher_ids_T=np.full(4, -1))
+    assert teacher_metrics([taught, unseen, without], distill) == {
+        "distill/untaught_tokens": 3.0,
+        "distill/tokens/t": 6.0,
+        "distill/reverse_kl/t": pytest.approx((-0.5 + 1.5) / 2),
+    }
+    assert "distill/reverse_kl/t" not in teacher_metrics([unseen], distill), "not NaN"
 
 
 def test_a_teacher_that_is_the_student_has_nothing_to_say(
