@@ -20,15 +20,8 @@ import pyarrow.compute  # `pa.compute` is there only then
 from ..config.load import load_config
 from ..run_directory import METRICS
 from ..watch.lengths import read_lengths
-from .scenario import (
-    DecodeTable,
-    Floats,
-    PlanSchedule,
-    Publication,
-    RewardTime,
-    Scenario,
-    TraceLengths,
-)
+from .devices import DecodeTable, Floats
+from .settings import PlanSchedule, Publication, RewardTime, Scenario, TraceLengths
 
 SKIPPED = 2
 """Steps at the beginning of a run that are not used: they compile and warm up."""
@@ -69,6 +62,7 @@ def calibrate(
         latency = float(np.mean(np.asarray(answers["grade_s"])))
     latency = max(0.0, latency + measured.offset)
     lengths = recorded_lengths(answers, target.rollout.max_response_length)
+    mean = np.concatenate([own for _, own in lengths.groups]).mean()
     own = target.schedule.model_dump(include=set(PlanSchedule.model_fields))
     scenario = Scenario(
         workers=target.cluster.rollouts,
@@ -84,7 +78,7 @@ def calibrate(
         warmup=WARMUP,
     )
     return scenario, {
-        "answers": f"{answers.num_rows} recorded, mean {lengths.mean:.0f} tokens",
+        "answers": f"{answers.num_rows} recorded, mean {mean:.0f} tokens",
         "learner": (
             f"{fixed:.3g} s a step and {1e6 * per_token:.3g} us a token, of {len(timed)} steps"
         ),
@@ -220,10 +214,7 @@ def recorded_lengths(answers: pa.Table, longest: float = np.inf) -> TraceLengths
     rows: dict[tuple[Any, ...], list[int]] = {}
     for i, group in enumerate(zip(*key, strict=True)):
         rows.setdefault(group, []).append(i)
-    return TraceLengths(
-        prompts=tuple(int(prompts[own[0]]) for own in rows.values()),
-        recorded=tuple(lengths[own] for own in rows.values()),
-    )
+    return TraceLengths([(int(prompts[own[0]]), lengths[own]) for own in rows.values()])
 
 
 def trace_lengths(source: Path) -> TraceLengths:

@@ -10,42 +10,39 @@ Both simulate the schedule that runs really follow; the result is an expectation
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..config.key_reference import entries, line_of
 from .calibrate import calibrate, trace_lengths
-from .devices import DEVICES
-from .figures import Figures, best_split, figures, imbalance
+from .devices import DEVICES, MODELS
 from .progress import PlanProgress
-from .scenario import Scenario
-from .settings import PlanSettings, commit_seconds, load_plan, make_scenario
-from .simulator import simulate
+from .settings import PlanSettings, Scenario, load_plan, make_scenario
+from .simulator import Figures, figures, simulate
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The answer."""
 
     title: str
     scenario: Scenario
     figures: Figures
-    sources: dict[str, str]
-    """Where its numbers are from."""
-    learners: int | None = None
-    """Devices; None where a run's own layout was simulated."""
-    splits: dict[int, Figures] = field(default_factory=dict)
-    """Of each number of learner devices that was tried."""
+    sources: dict[str, str]  # where its numbers are from
+    learners: int | None = None  # devices; None where a run's own layout was simulated
+    splits: dict[int, Figures] = field(
+        default_factory=dict
+    )  # of each number of them that was tried
 
     def record(self) -> dict[str, Any]:
         """For `--json`."""
-        rates = {str(n): tried["tokens_per_s"] for n, tried in self.splits.items()}
         return {
             "simulated": True,
             "title": self.title,
@@ -53,7 +50,7 @@ class Plan:
             "engines": self.scenario.workers,
             "slots": self.scenario.slots,
             **self.figures,
-            "splits_tokens_per_s": rates,
+            "splits_tokens_per_s": {str(n): f["tokens_per_s"] for n, f in self.splits.items()},
             "sources": self.sources,
         }
 
@@ -90,72 +87,113 @@ def plan(
 def _plan_devices(settings: PlanSettings, trace: Path | None, progress: PlanProgress) -> Plan:
     """Plans from data sheets; searches the best split unless `learners` is set."""
     lengths = trace_lengths(trace) if trace is not None else None
-    settings.check_split(settings.learners or 1)
+    device, devices, link = DEVICES[settings.device], settings.devices, settings.link
 
     def tried(learners: int) -> Figures:
         scenario = make_scenario(settings, learners, lengths)
-        what = f"{settings.devices} devices, {learners} learn"
-        return figures(simulate(scenario, progress.watch(what, scenario.steps)))
+        tell = progress.watch(f"{devices} devices, {learners} learn", scenario.steps)
+        return figures(simulate(scenario, tell))
 
-    if settings.learners is not None:
-        candidates = [settings.learners]
-    else:
-        node, most = settings.hardware.per_node, settings.devices - settings.cards
-        candidates = list(range(node, most + 1, node)) or [most]
+    most = max(1, devices - settings.cards)
+    whole_nodes = range(device.per_node, most + 1, device.per_node)
+    candidates = [settings.learners] if settings.learners else list(whole_nodes) or [most]
     context = settings.mean_context
     guess = min(candidates, key=lambda n: imbalance(make_scenario(settings, n), context))
     learners, splits = best_split(tried, candidates, guess, progress.expect)
-    name, link = settings.hardware.name, settings.link
-    title = f"{settings.model} on {settings.devices} x {name}"
+    scenario = make_scenario(settings, learners, lengths)
+    way = f"{link.engine}, {link.mode}, rates of {link.rates or 'the data sheet (assumptions)'}"
+    if link.commit is not None:
+        way = "link.commit"
+    commit = f"{scenario.publication.commit:.3g} s in which an engine stands still: {way}"
     return Plan(
-        title=f"{title}, {link.mode} weights at {link.bandwidth:g} GB/s a node",
-        scenario=make_scenario(settings, learners, lengths),
+        title=(
+            f"{settings.model} on {devices} x {settings.device}, {link.mode} weights at"
+            f" {link.bandwidth:g} GB/s a node"
+        ),
+        scenario=scenario,
         figures=splits[learners],
         learners=learners,
         splits=splits,
-        sources=_sources(settings),
+        sources={
+            **{f"{settings.device} {figure}": text for figure, text in device.sources.items()},
+            "model": MODELS[settings.model].source,
+            "learner.fixed, link.*, reward.*": "assumptions; see emberl plan --keys",
+            "commit": commit,
+        },
     )
 
 
-def _sources(settings: PlanSettings) -> dict[str, str]:
-    name, link = settings.hardware.name, settings.link
-    rates = f"rates of {link.rates or 'the data sheet (assumptions)'}"
-    way = "link.commit" if link.commit is not None else f"{link.engine}, {link.mode}, {rates}"
-    commit = f"{commit_seconds(settings):.3g} s in which an engine stands still: {way}"
-    return {
-        **{f"{name} {figure}": text for figure, text in settings.hardware.sources.items()},
-        "model": settings.shape.source,
-        "learner.fixed, link.*, reward.*": "assumptions; see emberl plan --keys",
-        "commit": commit,
-    }
+def best_split(
+    evaluate: Callable[[int], Figures],
+    candidates: list[int],
+    guess: int,
+    expect: Callable[[int], None] = lambda trials: None,
+) -> tuple[int, dict[int, Figures]]:
+    """The candidate with the most tokens per second, and the figures of all that were tried.
+
+    More learners first help (while the learners are the bottleneck), then hurt, so the search
+    climbs from the guess with halving strides and tries some twenty of many hundred candidates.
+    expect: is told before each round how many trials there will be in all, if the search has to
+    climb no further.
+    """
+    tried: dict[int, Figures] = {}
+
+    def rate(i: int) -> float:
+        learners = candidates[i]
+        if learners not in tried:
+            tried[learners] = evaluate(learners)
+        return float(tried[learners]["tokens_per_s"])
+
+    here = candidates.index(guess)
+    stride = max(1, len(candidates) // 8)
+    while True:
+        expect(min(len(candidates), max(1, len(tried)) + 2 * stride.bit_length()))
+        near = [i for i in (here - stride, here + stride) if 0 <= i < len(candidates)]
+        best = max([here, *near], key=rate)
+        if best != here:
+            here = best
+        elif stride == 1:
+            return candidates[here], dict(sorted(tried.items()))
+        else:
+            stride = max(1, stride // 2)
+
+
+def imbalance(scenario: Scenario, context: float) -> float:
+    """How far from 1 is what full engines decode over what the learners train in the same time.
+    context: tokens that a running answer reads."""
+    table = scenario.table
+    step = table.seconds[-1, np.searchsorted(table.context, context, side="right") - 1]
+    decoded = scenario.workers * scenario.slots / step
+    return float(abs(decoded * scenario.learner_per_token - 1))
 
 
 def describe_keys() -> str:
     """All settings with their defaults and what they mean, and the data sheets."""
     keys = [line_of(entry, whole=True).removesuffix("  # ") for entry in entries(PlanSettings)]
     sheets = [
-        f"# {d.name}: {name}: {text}" for d in DEVICES.values() for name, text in d.sources.items()
+        f"# {device}: {figure}: {text}"
+        for device, sheet in DEVICES.items()
+        for figure, text in sheet.sources.items()
     ]
     return "\n".join([*keys, *sheets])
 
 
 def show(plan: Plan, console: Console) -> None:
     """The table for a person."""
-    table = Table(
-        title=f"{escape(plan.title)} (simulated)", show_header=False, title_justify="left"
-    )
-    for name, value in _lines(plan).items():
-        table.add_row(name, value)
+    title = f"{escape(plan.title)} (simulated)"
+    table = Table(title=title, show_header=False, title_justify="left")
+    for line in _lines(plan).items():
+        table.add_row(*line)
     console.print(table)
     if len(plan.splits) > 1:
         splits = Table("learner devices", "tokens/s", "step, s", "learners idle", "rollouts idle")
-        for n, tried in plan.splits.items():
+        for n, f in plan.splits.items():
             splits.add_row(
                 f"{n} *" if n == plan.learners else str(n),
-                f"{tried['tokens_per_s']:,.0f}",
-                f"{tried['step_s']:.4g}",
-                f"{tried['learner_idle']:.1%}",
-                f"{tried['rollout_idle']:.1%}",
+                f"{f['tokens_per_s']:,.0f}",
+                f"{f['step_s']:.4g}",
+                f"{f['learner_idle']:.1%}",
+                f"{f['rollout_idle']:.1%}",
             )
         console.print(splits)
     for name, source in plan.sources.items():
