@@ -10,6 +10,7 @@ Both simulate the schedule that runs really follow; the result is an expectation
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +19,39 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from ..config.key_reference import entries, line_of
+from ..watch.console import duration, say
 from .calibrate import calibrate, trace_lengths
 from .devices import DEVICES, MODELS
-from .progress import PlanProgress
 from .settings import PlanSettings, Scenario, load_plan, make_scenario
 from .simulator import Figures, figures, simulate
+
+FIRST, EVERY = 3.0, 15.0
+"""Seconds until the first line that has an estimate, and between two more, off a terminal."""
+LINES = {
+    "split": "{split}{engines} engines of {slots} slots roll out",
+    "step": "{step_s:.4g} s",
+    "trained tokens (answers)": "{tokens_per_s:,.0f} a second",
+    "rollouts idle": "{rollout_idle:.1%}; {slots_used:.1%} of the slots in use",
+    "learners idle": "{learner_idle:.1%}; {learner_busy:.1%} training",
+    "sync exposed": (
+        "learners {sync_exposed_learner_s:.3g} s, rollouts {sync_exposed_rollout_s:.3g} s a step"
+    ),
+    "staleness of tokens": "{lags}",
+    "evicted groups": "{evicted_groups:.3g} a step",
+    "workers lost": "{workers_lost}, groups asked for again {groups_reissued}",
+}
+"""A plan for a person."""
+COLUMNS = {
+    "tokens/s": "{tokens_per_s:,.0f}",
+    "step, s": "{step_s:.4g}",
+    "learners idle": "{learner_idle:.1%}",
+    "rollouts idle": "{rollout_idle:.1%}",
+}
+"""Of the splits that were tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,22 +92,20 @@ def plan(
 ) -> Plan:
     """The command; `ConfigError` or `ValueError` for what a person must change. console: where
     progress is shown; None: nowhere."""
-    progress = PlanProgress(console)
-    if from_run is None:
-        if also:
-            raise ValueError("--also adds to what --from-run measured: name that run, too")
-        settings = load_plan(overrides, options)
-        with progress.bar:
-            return _plan_devices(settings, trace, progress)
     given = [name for name, value in options.items() if value is not None]
-    if given or trace is not None:
+    if from_run is None and also:
+        raise ValueError("--also adds to what --from-run measured: name that run, too")
+    if from_run is not None and (given or trace is not None):
         extra = ", ".join(given) or "--trace"
         raise ValueError(f"--from-run plans with the run's own devices: leave out {extra}")
-    scenario, sources = calibrate(from_run, overrides, also)
-    title = f"as {from_run}" + (f" with {' '.join(overrides)}" if overrides else "")
+    progress = PlanProgress(console)
     with progress.bar:
+        if from_run is None:
+            return _plan_devices(load_plan(overrides, options), trace, progress)
+        scenario, sources = calibrate(from_run, overrides, also)
+        title = f"as {from_run}" + (f" with {' '.join(overrides)}" if overrides else "")
         found = figures(simulate(scenario, progress.watch(title, scenario.steps)))
-    return Plan(title=title, scenario=scenario, figures=found, sources=sources)
+        return Plan(title=title, scenario=scenario, figures=found, sources=sources)
 
 
 def _plan_devices(settings: PlanSettings, trace: Path | None, progress: PlanProgress) -> Plan:
@@ -150,12 +174,11 @@ def best_split(
         expect(min(len(candidates), max(1, len(tried)) + 2 * stride.bit_length()))
         near = [i for i in (here - stride, here + stride) if 0 <= i < len(candidates)]
         best = max([here, *near], key=rate)
-        if best != here:
-            here = best
-        elif stride == 1:
+        if best == here and stride == 1:
             return candidates[here], dict(sorted(tried.items()))
-        else:
-            stride = max(1, stride // 2)
+        if best == here:
+            stride //= 2
+        here = best
 
 
 def imbalance(scenario: Scenario, context: float) -> float:
@@ -179,40 +202,64 @@ def describe_keys() -> str:
 
 
 def show(plan: Plan, console: Console) -> None:
-    """The table for a person."""
+    """The tables for a person."""
+    lags = [f"{k}: {share:.1%}" for k, share in plan.figures["staleness"].items() if share >= 5e-4]
+    split = "" if plan.learners is None else f"{plan.learners} devices learn; "
+    shown = {**plan.record(), "lags": ", ".join(lags), "split": split}
     title = f"{escape(plan.title)} (simulated)"
     table = Table(title=title, show_header=False, title_justify="left")
-    for line in _lines(plan).items():
-        table.add_row(*line)
+    for name, text in LINES.items():
+        table.add_row(name, text.format(**shown))
     console.print(table)
     if len(plan.splits) > 1:
-        splits = Table("learner devices", "tokens/s", "step, s", "learners idle", "rollouts idle")
-        for n, f in plan.splits.items():
-            splits.add_row(
-                f"{n} *" if n == plan.learners else str(n),
-                f"{f['tokens_per_s']:,.0f}",
-                f"{f['step_s']:.4g}",
-                f"{f['learner_idle']:.1%}",
-                f"{f['rollout_idle']:.1%}",
-            )
+        splits = Table("learner devices", *COLUMNS)
+        for n, found in plan.splits.items():
+            mark = " *" if n == plan.learners else ""
+            splits.add_row(f"{n}{mark}", *(text.format(**found) for text in COLUMNS.values()))
         console.print(splits)
     for name, source in plan.sources.items():
         console.print(f"  {name}: {source}", style="dim", highlight=False, markup=False)
 
 
-def _lines(plan: Plan) -> dict[str, str]:
-    f, scenario = plan.figures, plan.scenario
-    split = "" if plan.learners is None else f"{plan.learners} devices learn; "
-    lags = [f"{lag}: {share:.1%}" for lag, share in f["staleness"].items() if share >= 5e-4]
-    learners, rollouts = f["sync_exposed_learner_s"], f["sync_exposed_rollout_s"]
-    return {
-        "split": f"{split}{scenario.workers} engines of {scenario.slots} slots roll out",
-        "step": f"{f['step_s']:.4g} s",
-        "trained tokens (answers)": f"{f['tokens_per_s']:,.0f} a second",
-        "rollouts idle": f"{f['rollout_idle']:.1%}; {f['slots_used']:.1%} of the slots in use",
-        "learners idle": f"{f['learner_idle']:.1%}; {f['learner_busy']:.1%} training",
-        "sync exposed": f"learners {learners:.3g} s, rollouts {rollouts:.3g} s a step",
-        "staleness of tokens": ", ".join(lags),
-        "evicted groups": f"{f['evicted_groups']:.3g} a step",
-        "workers lost": f"{f['workers_lost']}, groups asked for again {f['groups_reissued']}",
-    }
+class PlanProgress:
+    """What is simulated, on stderr: a bar on a terminal, elsewhere lines. `watch` follows one
+    simulation after another, in the context of `bar`."""
+
+    def __init__(self, console: Console | None) -> None:
+        """console: None says nothing."""
+        self._console, self._begun = console, time.monotonic()
+        self._next = self._begun + FIRST
+        self._at, self._total = -1, 1
+        self.bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(10),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            refresh_per_second=2,
+            transient=True,
+            disable=console is None or not console.is_terminal,
+        )
+        self._task = self.bar.add_task("preparing", total=None, left="")
+
+    def expect(self, simulations: int) -> None:
+        """So many at the least, with those that are done."""
+        self._total = max(simulations, self._at + 1)
+
+    def watch(self, what: str, steps: int) -> Callable[[int], None]:
+        """Another simulation begins; what is returned is told how many of its steps are done."""
+        self._at += 1
+        self.expect(self._total)
+        self._show(what, 0.0)
+        return lambda done: self._show(what, done / steps)
+
+    def _show(self, what: str, part: float) -> None:
+        done, now = self._at + part, time.monotonic()
+        text, left = f"simulating {what}", ""
+        if self._total > 1:
+            text += f" ({self._at + 1} of about {self._total})"
+        if done:
+            left = f"{duration((now - self._begun) * (self._total - done) / done)} left"
+        self.bar.update(self._task, description=text, left=left, completed=done, total=self._total)
+        if self.bar.disable and self._console is not None and (not done or now >= self._next):
+            self._next = now + (EVERY if done else FIRST)
+            say(self._console, "  ".join(filter(None, [time.strftime("%H:%M:%S"), text, left])))

@@ -22,26 +22,20 @@ from ..learner.flops import PEAKS
 
 Floats = NDArray[np.float64]
 
-BYTES = 2
-"""Of a weight, key or value in bfloat16."""
-READ = 0.6
-"""Share of a memory's bandwidth in decoding. An assumption."""
-HASH = 10e9
-"""Bytes per second of xxh3-128 on one core. An assumption."""
-LINE = 64
-"""Bytes that a device's memory moves for one element of two. An assumption."""
+BYTES = 2  # of a weight, key or value in bfloat16
+# Assumptions
+READ = 0.6  # share of a memory's bandwidth in decoding
+HASH = 10e9  # bytes per second of xxh3-128 on one core
+LINE = 64  # bytes that a device's memory moves for one element of two
 
 
 class CommitRates(Settings):
     """The parts of an engine's standstill for new weights. `emberl bench device` measures them,
     under "commit" of its JSON."""
 
-    copy_bytes_per_s: float = Field(gt=0)
-    """From the host's memory into the device's."""
-    hash_bytes_per_s: float = Field(gt=0)
-    """xxh3-128 on one core of the host: every process of an engine hashes all that it loads."""
-    scatter_elements_per_s: float = Field(gt=0)
-    """Elements compared and written one by one in the device's memory."""
+    copy_bytes_per_s: float = Field(gt=0)  # from the host's memory into the device's
+    hash_bytes_per_s: float = Field(gt=0)  # xxh3-128 on one core of the host
+    scatter_elements_per_s: float = Field(gt=0)  # compared and written in the device's memory
 
 
 def read_rates(path: Path) -> CommitRates:

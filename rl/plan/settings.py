@@ -21,16 +21,10 @@ from ..config.overrides import merged, tree_of
 from .devices import DEVICES, MODELS, DecodeTable, Floats, decode_table, most_slots, read_rates
 
 GB = 1e9
-ENOUGH = 64
-"""Answers that an engine should decode at a time: fewer leave most of its time to reading
-weights."""
-MOST_SLOTS = 256
-"""That an engine is given, whatever memory it has."""
-RELAY_BLOCKS = 64
-"""A relayed version travels in so many blocks: the last node waits for one block per hop of the
-tree, not for all of them."""
-ORDERS_S = {"vllm": 0.1, "embedded": 0.01}
-"""Seconds to stop an engine at a token boundary and have it go on. An assumption."""
+ENOUGH = 64  # answers at a time: fewer leave most of an engine's time to reading weights
+MOST_SLOTS = 256  # that an engine is given, whatever memory it has
+RELAY_BLOCKS = 64  # of a relayed version: the last node waits for one of them per hop of the tree
+ORDERS_S = {"vllm": 0.1, "embedded": 0.01}  # to stop at a token boundary and go on; an assumption
 
 
 def lognormal(mean: float, cv: float, z: Any) -> Any:
@@ -249,37 +243,33 @@ def publication(settings: PlanSettings, learners: int) -> Publication:
     per_node = DEVICES[settings.device].per_node
     senders = max(1, learners // per_node)
     receivers = max(1, ceil((settings.devices - learners) / per_node))
-    wire = weights / link.ratio if link.mode == "patch" else weights
     # relayed, the last node waits for a block a hop; else learners send to each node themselves
     relayed = 1 + log2(receivers + 1) / RELAY_BLOCKS
     times = relayed if link.relay else max(1.0, receivers / senders)
-    return Publication(
-        encode=weights / senders / link.encode if link.mode == "patch" else 0.0,
-        transfer=wire / link.bandwidth * times + weights / link.prepare,
-        commit=commit_seconds(settings),
-        staged=link.staged,
-    )
+    coding = weights / senders / link.encode
+    wire, encode = (weights / link.ratio, coding) if link.mode == "patch" else (weights, 0.0)
+    transfer = wire / link.bandwidth * times + weights / link.prepare
+    commit = commit_seconds(settings)
+    return Publication(encode=encode, transfer=transfer, commit=commit, staged=link.staged)
 
 
 def commit_seconds(settings: PlanSettings) -> float:
-    """How long an engine stands still for one version: a sum over what it does with it between two
-    tokens.
+    """Seconds in which an engine stands still for one version: a sum over what it does with it
+    between two tokens.
 
-    Dense, every process of a vLLM engine reads all tensors from the host's memory, hashes them and
-    loads its part; the embedded engine copies and hashes them. Of a patch, each changed element is
-    compared and written; to bring them to the device, to find where they belong, and to read back
-    and compare checksums goes on beside decoding.
+    Dense, every process of an engine hashes whole tensors from the host's memory and copies its
+    part of them. Of a patch, each changed element is compared and written; to bring them to the
+    device, to find where they belong, and to compare checksums goes on beside decoding.
     """
-    link, shape = settings.link, MODELS[settings.model]
+    link, model = settings.link, MODELS[settings.model]
     if link.commit is not None:
         return link.commit
     rates = DEVICES[settings.device] if link.rates is None else read_rates(link.rates)
     part, orders = 1 / settings.cards, ORDERS_S[link.engine]
     if link.mode == "dense":
-        # every process hashes whole tensors, and keeps its part of them
-        hashed = shape.weight_bytes / rates.hash_bytes_per_s
-        return orders + part * shape.weight_bytes / rates.copy_bytes_per_s + hashed
-    return orders + part * link.changed * shape.parameters / rates.scatter_elements_per_s
+        hashed = model.weight_bytes / rates.hash_bytes_per_s
+        return orders + part * model.weight_bytes / rates.copy_bytes_per_s + hashed
+    return orders + part * link.changed * model.parameters / rates.scatter_elements_per_s
 
 
 def make_scenario(

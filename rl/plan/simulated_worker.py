@@ -11,19 +11,19 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 from math import inf, sqrt
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import simpy
 
 from .devices import Floats
-from .settings import Scenario
+from .settings import Publication, Scenario
 
-EPSILON = 1e-6
-"""Tokens: what rounding may do to a mark."""
+Waits = Generator[simpy.Event, Any, None]
+EPSILON = 1e-6  # tokens: what rounding may do to a mark
 
 
 @dataclass(slots=True, eq=False)
@@ -53,15 +53,6 @@ class Answer(NamedTuple):
     group: SimGroup
 
 
-class Usage(NamedTuple):
-    """Of one or all workers, since the beginning: worker-seconds, and tokens."""
-
-    idle: float = 0.0  # with nothing to decode
-    held: float = 0.0  # in which running answers stood still for new weights
-    slot_seconds: float = 0.0  # of slots in use
-    decoded: float = 0.0  # tokens, those that were thrown away included
-
-
 class SimWorker:
     """Decodes answers; `finished` is called with each group whose last answer is there."""
 
@@ -69,15 +60,12 @@ class SimWorker:
         self, env: simpy.Environment, scenario: Scenario, finished: Callable[[SimGroup], None]
     ) -> None:
         self._env, self._finished, self._slots = env, finished, scenario.slots
-        self._rows = scenario.table.rows(scenario.slots)
+        self._rows, self._prefill = scenario.table.rows(scenario.slots), scenario.table.prefill
         self._contexts: list[float] = scenario.table.context.tolist()
-        self._prefill = scenario.table.prefill
         self._running: list[Answer] = []  # a heap
-        # (group, an answer's length), while all slots are taken
-        self._waiting: deque[tuple[SimGroup, float]] = deque()
+        self._waiting: deque[tuple[SimGroup, float]] = deque()  # a group, an answer's length
         self._numbers = count()
-        self._mark = 0.0
-        self._context = 0.0  # tokens that all running answers read
+        self._mark = self._context = 0.0  # the latter: tokens that all running answers read
         self._since = 0.0  # the time of these two
         self._stalled = 0.0  # until then nothing is decoded (prefill, commit)
         self._held = False
@@ -85,10 +73,9 @@ class SimWorker:
         self._late: list[SimGroup] = []  # submitted meanwhile
         self._drained = env.event()  # the next time that nothing runs
         self._planned: simpy.Event | None = None  # wake-ups that were planned earlier are void
-        # seconds of the next token, and how they grow with each token
-        self._first, self._slope = 1.0, 0.0
+        self._first, self._slope = 1.0, 0.0  # seconds of the next token, and their growth with each
         self._changes = [(0.0, 0)]  # (mark, version) of each update
-        self._idle = self._stood = self._slot_seconds = self._decoded = 0.0
+        self._idle = self._stood = self._slot_seconds = self._decoded = 0.0  # see `usage`
 
     def submit(self, groups: Sequence[SimGroup]) -> None:
         if self._updates:
@@ -105,7 +92,7 @@ class SimWorker:
         if len(kept) < len(self._running):
             self._running = kept
             heapq.heapify(self._running)
-            self._context = sum(map(self._read, kept))
+            self._context = sum(a.group.prompt + self._mark - a.start for a in kept)
         self._waiting = deque(item for item in self._waiting if not unwanted(item[0]))
         self._late = [group for group in self._late if not unwanted(group)]
         self._admit_and_plan()
@@ -116,16 +103,19 @@ class SimWorker:
         self._held = True
         self._planned = None
 
-    def drain(self) -> simpy.Event:
-        """New groups wait until `resume`; the event comes when those that are here are finished."""
+    def finish_and_install(self, version: int, cost: Publication) -> Waits:
+        """Serves these weights once all that is here is finished; new groups wait until the last
+        of several such updates is in."""
+        if cost.staged:
+            yield self._env.timeout(cost.transfer)
         self._updates += 1
         drained = self._drained
         if not self._running:
             self._plan()
-        return drained
-
-    def resume(self) -> None:
-        """The end of a `drain`; groups that waited begin after the last of several."""
+        yield drained
+        if not cost.staged:
+            yield self._env.timeout(cost.transfer)
+        self.install(version, cost.commit)
         self._updates -= 1
         if not self._updates:
             late, self._late = self._late, []
@@ -139,20 +129,16 @@ class SimWorker:
             seconds += self._prefill * self._context
         if self._running:
             self._stood += seconds
-        self._stall(seconds)
+        self._stalled = max(self._stalled, self._env.now) + seconds
         self._changes.append((self._mark, version))
         self._held = False
         self._plan()
 
-    def usage(self) -> Usage:
+    def usage(self) -> tuple[float, float, float, float]:
+        """Since the beginning: seconds with nothing to decode, and seconds in which running answers
+        stood still for new weights; seconds of all slots in use; tokens, thrown away ones too."""
         self._advance()
-        return Usage(self._idle, self._stood, self._slot_seconds, self._decoded)
-
-    def _read(self, answer: Answer) -> float:
-        return answer.group.prompt + self._mark - answer.start
-
-    def _stall(self, seconds: float) -> None:
-        self._stalled = max(self._stalled, self._env.now) + seconds
+        return self._idle, self._stood, self._slot_seconds, self._decoded
 
     def _step_seconds(self, row: Sequence[float], context: float) -> float:
         grid = self._contexts
@@ -191,7 +177,8 @@ class SimWorker:
             group, length = self._waiting.popleft()
             if group.prefilled < len(self._changes):
                 group.prefilled = len(self._changes)
-                self._stall(self._prefill * group.prompt)
+                reading = self._prefill * group.prompt
+                self._stalled = max(self._stalled, self._env.now) + reading
             answer = Answer(self._mark + length, next(self._numbers), self._mark, group)
             heapq.heappush(self._running, answer)
             self._context += group.prompt
@@ -226,11 +213,12 @@ class SimWorker:
         complete = []
         while self._running and self._running[0].end <= end + EPSILON:
             answer = heapq.heappop(self._running)
-            self._context -= self._read(answer)
+            group = answer.group
+            self._context -= group.prompt + end - answer.start
             self._note(answer)
-            answer.group.finished += 1
-            if answer.group.finished == answer.group.samples:
-                complete.append(answer.group)
+            group.finished += 1
+            if group.finished == group.samples:
+                complete.append(group)
         self._admit_and_plan()
         for group in complete:
             self._finished(group)

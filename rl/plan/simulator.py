@@ -9,7 +9,7 @@ weights, and lost workers.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,10 +20,9 @@ import simpy
 from ...rollout.dispatch import Dispatch
 from ...rollout.schedule import QUEUE_DEPTH, Schedule
 from .settings import Scenario, lognormal
-from .simulated_worker import SimGroup, SimWorker, Usage
+from .simulated_worker import SimGroup, SimWorker, Waits
 
 Figures = dict[str, Any]
-Waits = Generator[simpy.Event, Any, None]
 HOUR = 3600
 
 
@@ -36,14 +35,14 @@ class StepRecord(NamedTuple):
     end: float  # the new weights are published
     answer_tokens: int
     lags: Mapping[int, float]  # versions behind the one that is trained -> tokens of answers
-    usage: Usage  # of all workers, at its end
+    usage: tuple[float, ...]  # `SimWorker.usage` of all workers, at its end
 
 
 def simulate(scenario: Scenario, tell: Callable[[int], None] = lambda done: None) -> Simulation:
     """Runs the scenario to its last step; deterministic in its seed. tell: how many steps are
     done, after each."""
     simulation = Simulation(scenario)
-    simulation.run(tell)
+    simulation.env.run(until=simulation.env.process(simulation.learn(tell)))
     return simulation
 
 
@@ -51,7 +50,7 @@ class Simulation:
     """A run that was simulated: its `steps`, the schedule's own books, and workers `lost`."""
 
     def __init__(self, scenario: Scenario) -> None:
-        self.scenario, self._env = scenario, simpy.Environment()
+        self.scenario, self.env = scenario, simpy.Environment()
         asked, workers = scenario.schedule, range(scenario.workers)
         self._schedule: Schedule[SimGroup] = Schedule(
             groups_per_step=asked.prompts_per_step,
@@ -62,24 +61,21 @@ class Simulation:
         self.counts = self._schedule.counts
         queue = QUEUE_DEPTH * scenario.slots if asked.max_staleness else None
         self._dispatch: Dispatch[SimGroup] = Dispatch(scenario.workers, queue)
-        self._workers = [SimWorker(self._env, scenario, partial(self._decoded, i)) for i in workers]
+        self._workers = [SimWorker(self.env, scenario, partial(self._decoded, i)) for i in workers]
         self.steps: list[StepRecord] = []
         self._admitted = self._served = self.lost = 0
-        self._marked = self._env.event()  # the next time that a group is
-        self._graders = simpy.Resource(self._env, scenario.reward.graders)
+        self._marked = self.env.event()  # the next time that a group is
+        self._graders = simpy.Resource(self.env, scenario.reward.graders)
         self._lengths, failures, self._rewards = (
             np.random.default_rng([scenario.seed, i]) for i in range(3)
         )
         if np.isfinite(scenario.failures.mtbf):
             for i in workers:
-                self._env.process(self._fail(i, np.random.default_rng(failures.integers(1 << 62))))
+                self.env.process(self._fail(i, np.random.default_rng(failures.integers(1 << 62))))
 
-    def run(self, tell: Callable[[int], None]) -> None:
-        self._env.run(until=self._env.process(self._learn(tell)))
-
-    def _learn(self, tell: Callable[[int], None]) -> Waits:
+    def learn(self, tell: Callable[[int], None]) -> Waits:
         """The loop of `rl/trainer.py`."""
-        scenario, env = self.scenario, self._env
+        scenario, env = self.scenario, self.env
         for version in range(scenario.steps):
             begun = env.now
             self._close(version)
@@ -97,7 +93,7 @@ class Simulation:
             for group in groups:
                 for sampled_by, count in group.tokens.items():
                     lags[version - sampled_by] += count
-            usage = Usage(*map(sum, zip(*(w.usage() for w in self._workers), strict=True)))
+            usage = tuple(map(sum, zip(*(w.usage() for w in self._workers), strict=True)))
             self.steps.append(StepRecord(begun, taken, trained, env.now, answers, lags, usage))
             tell(len(self.steps))
         self._close(scenario.steps)
@@ -113,30 +109,20 @@ class Simulation:
         """Gives the new weights to every worker, and waits until all serve them; but not for
         answers that are finished with the old ones first."""
         cost, asked = self.scenario.publication, self.scenario.schedule
-        yield self._env.timeout(cost.encode)
+        yield self.env.timeout(cost.encode)
         self._served = version  # what a replacement gets
         if asked.in_flight == "finish" and asked.max_staleness:
             for worker in self._up():
-                self._env.process(self._install_drained(worker, version))
+                self.env.process(worker.finish_and_install(version, cost))
             return
         if not cost.staged:
             for worker in self._up():
                 worker.hold()
-        yield self._env.timeout(cost.transfer)
+        yield self.env.timeout(cost.transfer)
         for worker in self._up():
             # where workers would finish answers first, none is left at max_staleness=0
             worker.install(version, cost.commit, parked=asked.in_flight == "park")
-        yield self._env.timeout(cost.commit)
-
-    def _install_drained(self, worker: SimWorker, version: int) -> Waits:
-        cost = self.scenario.publication
-        if cost.staged:
-            yield self._env.timeout(cost.transfer)
-        yield worker.drain()
-        if not cost.staged:
-            yield self._env.timeout(cost.transfer)
-        worker.install(version, cost.commit)
-        worker.resume()
+        yield self.env.timeout(cost.commit)
 
     def _up(self) -> list[SimWorker]:
         """The workers that are there."""
@@ -161,30 +147,30 @@ class Simulation:
     def _decoded(self, worker: int, group: SimGroup) -> None:
         self._dispatch.release(worker, group)
         self._deal()
-        self._env.process(self._mark(group))
+        self.env.process(self._mark(group))
 
     def _mark(self, group: SimGroup) -> Waits:
         reward = self.scenario.reward
         with self._graders.request() as turn:
             yield turn
             z = self._rewards.standard_normal()
-            yield self._env.timeout(float(lognormal(reward.seconds, reward.cv, z)))
+            yield self.env.timeout(float(lognormal(reward.seconds, reward.cv, z)))
         self._schedule.finish(group.number, group, min(group.tokens))
         self._marked.succeed()
-        self._marked = self._env.event()
+        self._marked = self.env.event()
 
     def _fail(self, i: int, rng: np.random.Generator) -> Waits:
         """Loses worker i now and then, and replaces it; what it had is asked for again, unless it
         is too old by then."""
         failures, worker, jobs = self.scenario.failures, self._workers[i], self._dispatch.jobs[i]
         while True:
-            yield self._env.timeout(rng.exponential(failures.mtbf * HOUR))
+            yield self.env.timeout(rng.exponential(failures.mtbf * HOUR))
             self._dispatch.set_up(i, False)
             self.lost += 1
             worker.remove(lambda group: True)
             worker.hold()
             lost = self._dispatch.remove(jobs.__contains__).get(i, [])
-            yield self._env.timeout(failures.restart)
+            yield self.env.timeout(failures.restart)
             worker.install(self._served)
             self._dispatch.set_up(i, True)
             wanted = set(self._schedule.open)
@@ -199,10 +185,10 @@ def figures(trace: Simulation) -> Figures:
     """Means over the steps after the warm-up; seconds, tokens, shares of 1."""
     scenario, counts = trace.scenario, trace.counts
     steps = trace.steps[scenario.warmup :]
-    before = trace.steps[scenario.warmup - 1].usage if scenario.warmup else Usage()
-    idle, held, slot_seconds, decoded = (
-        last - first for first, last in zip(before, steps[-1].usage, strict=True)
-    )
+    used = np.array(steps[-1].usage)
+    if scenario.warmup:
+        used -= trace.steps[scenario.warmup - 1].usage
+    idle, held, slot_seconds, decoded = used.tolist()
     seconds = steps[-1].end - steps[0].begun
     worker_seconds = scenario.workers * seconds
     tokens = sum(step.answer_tokens for step in steps)
