@@ -24,16 +24,10 @@ from .devices import DecodeTable, Floats
 from .settings import PlanSchedule, Publication, RewardTime, Scenario, TraceLengths
 
 Steps = Sequence[dict[str, Any]]
-SKIPPED = 2
-"""Steps at the beginning of a run that are not used: they compile and warm up."""
-SPREAD = 1.5
-"""Tokens of a large step over those of a small one, above which a line through the steps' times
-means something."""
-EQUAL = 1e-9
-"""Of two fits whose errors differ by less (of all there is to explain), the one with fewer terms is
-taken."""
-STEPS, WARMUP, GRADERS = 80, 10, 64
-"""Of the simulation."""
+SKIPPED = 2  # steps at the beginning of a run that are not used: they compile and warm up
+SPREAD = 1.5  # of steps' tokens, large over small, from which a line through their times is sound
+EQUAL = 1e-9  # of two fits whose errors differ by a smaller share, the one with fewer terms wins
+STEPS, WARMUP, GRADERS = 80, 10, 64  # of the simulation
 
 
 def calibrate(
@@ -90,7 +84,8 @@ def calibrate(
 
 def read_recording(run_dir: Path) -> tuple[Steps, pa.Table]:
     """Metrics of a run's RL steps after the first `SKIPPED` (of steps that were done twice the
-    later), each with the sums and the times of its answers, and the answers of these steps."""
+    later), each with the sums and the times of its answers (`prompt_length_sum`, `started_min`,
+    ...), and the answers of these steps."""
     metrics = run_dir / METRICS
     if not metrics.is_file():
         raise ValueError(f"{metrics} does not exist: --from-run needs the folder of a run")
@@ -155,7 +150,7 @@ def decoding(answers: pa.Table, *, workers: int, slots: int) -> tuple[DecodeTabl
 
 
 def mean_running(begin: Floats, end: Floats) -> Floats:
-    """[N] how many of these intervals ran, on average, during each of them."""
+    """[N] the mean number of these intervals that ran during each of them."""
     times = np.concatenate([begin, end])
     change = np.concatenate([np.ones_like(begin), -np.ones_like(end)])
     order = np.argsort(times, kind="stable")

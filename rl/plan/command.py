@@ -29,9 +29,8 @@ from .devices import DEVICES, MODELS
 from .settings import PlanSettings, Scenario, load_plan, make_scenario
 from .simulator import Figures, figures, simulate
 
-FIRST, EVERY = 3.0, 15.0
-"""Seconds until the first line that has an estimate, and between two more, off a terminal."""
-LINES = {
+FIRST, EVERY = 3.0, 15.0  # seconds until a line with an estimate, and between two, off a terminal
+LINES = {  # of a plan
     "split": "{split}{engines} engines of {slots} slots roll out",
     "step": "{step_s:.4g} s",
     "trained tokens (answers)": "{tokens_per_s:,.0f} a second",
@@ -44,17 +43,15 @@ LINES = {
     "evicted groups": "{evicted_groups:.3g} a step",
     "workers lost": "{workers_lost}, groups asked for again {groups_reissued}",
 }
-"""A plan for a person."""
-COLUMNS = {
+COLUMNS = {  # of the splits that were tried
     "tokens/s": "{tokens_per_s:,.0f}",
     "step, s": "{step_s:.4g}",
     "learners idle": "{learner_idle:.1%}",
     "rollouts idle": "{rollout_idle:.1%}",
 }
-"""Of the splits that were tried."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Plan:
     """The answer."""
 
@@ -63,9 +60,7 @@ class Plan:
     figures: Figures
     sources: dict[str, str]  # where its numbers are from
     learners: int | None = None  # devices; None where a run's own layout was simulated
-    splits: dict[int, Figures] = field(
-        default_factory=dict
-    )  # of each number of them that was tried
+    splits: dict[int, Figures] = field(default_factory=dict)  # by the numbers that were tried
 
     def record(self) -> dict[str, Any]:
         """For `--json`."""
@@ -105,7 +100,7 @@ def plan(
         scenario, sources = calibrate(from_run, overrides, also)
         title = f"as {from_run}" + (f" with {' '.join(overrides)}" if overrides else "")
         found = figures(simulate(scenario, progress.watch(title, scenario.steps)))
-        return Plan(title=title, scenario=scenario, figures=found, sources=sources)
+        return Plan(title, scenario, found, sources)
 
 
 def _plan_devices(settings: PlanSettings, trace: Path | None, progress: PlanProgress) -> Plan:
@@ -125,26 +120,17 @@ def _plan_devices(settings: PlanSettings, trace: Path | None, progress: PlanProg
     guess = min(candidates, key=lambda n: imbalance(make_scenario(settings, n), context))
     learners, splits = best_split(tried, candidates, guess, progress.expect)
     scenario = make_scenario(settings, learners, lengths)
-    way = f"{link.engine}, {link.mode}, rates of {link.rates or 'the data sheet (assumptions)'}"
-    if link.commit is not None:
-        way = "link.commit"
-    commit = f"{scenario.publication.commit:.3g} s in which an engine stands still: {way}"
-    return Plan(
-        title=(
-            f"{settings.model} on {devices} x {settings.device}, {link.mode} weights at"
-            f" {link.bandwidth:g} GB/s a node"
-        ),
-        scenario=scenario,
-        figures=splits[learners],
-        learners=learners,
-        splits=splits,
-        sources={
-            **{f"{settings.device} {figure}": text for figure, text in device.sources.items()},
-            "model": MODELS[settings.model].source,
-            "learner.fixed, link.*, reward.*": "assumptions; see emberl plan --keys",
-            "commit": commit,
-        },
-    )
+    rates = f"{link.engine}, {link.mode}, rates of {link.rates or 'the data sheet (assumptions)'}"
+    way = rates if link.commit is None else "link.commit"
+    sources = {
+        **{f"{settings.device} {figure}": text for figure, text in device.sources.items()},
+        "model": MODELS[settings.model].source,
+        "learner.fixed, link.*, reward.*": "assumptions; see emberl plan --keys",
+        "commit": f"{scenario.publication.commit:.3g} s in which an engine stands still: {way}",
+    }
+    name = f"{settings.model} on {devices} x {settings.device}"
+    title = f"{name}, {link.mode} weights at {link.bandwidth:g} GB/s a node"
+    return Plan(title, scenario, splits[learners], sources, learners, splits)
 
 
 def best_split(
@@ -182,8 +168,8 @@ def best_split(
 
 
 def imbalance(scenario: Scenario, context: float) -> float:
-    """How far from 1 is what full engines decode over what the learners train in the same time.
-    context: tokens that a running answer reads."""
+    """The distance from 1 of what full engines decode over what the learners train in the same
+    time. context: tokens that a running answer reads."""
     table = scenario.table
     step = table.seconds[-1, np.searchsorted(table.context, context, side="right") - 1]
     decoded = scenario.workers * scenario.slots / step
@@ -222,8 +208,8 @@ def show(plan: Plan, console: Console) -> None:
 
 
 class PlanProgress:
-    """What is simulated, on stderr: a bar on a terminal, elsewhere lines. `watch` follows one
-    simulation after another, in the context of `bar`."""
+    """The progress of simulations, on stderr: a bar on a terminal, elsewhere lines. `watch` follows
+    one after another, in the context of `bar`."""
 
     def __init__(self, console: Console | None) -> None:
         """console: None says nothing."""

@@ -227,8 +227,8 @@ class Scenario:
     table: DecodeTable
     lengths: LognormalLengths | TraceLengths
     schedule: PlanSchedule
-    learner_fixed: float  # of a step: all between its last group and the publication, but
-    learner_per_token: float  # for each token of the groups, prompts included
+    learner_fixed: float  # of a step, whatever its size: from its last group to the publication
+    learner_per_token: float  # and for each token of its groups, prompts included
     reward: RewardTime
     publication: Publication = Publication()
     failures: Failures = field(default_factory=Failures)

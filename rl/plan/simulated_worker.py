@@ -65,7 +65,8 @@ class SimWorker:
         self._running: list[Answer] = []  # a heap
         self._waiting: deque[tuple[SimGroup, float]] = deque()  # a group, an answer's length
         self._numbers = count()
-        self._mark = self._context = 0.0  # the latter: tokens that all running answers read
+        self._mark = 0.0
+        self._context = 0.0  # tokens that all running answers read
         self._since = 0.0  # the time of these two
         self._stalled = 0.0  # until then nothing is decoded (prefill, commit)
         self._held = False
@@ -224,7 +225,7 @@ class SimWorker:
             self._finished(group)
 
     def _note(self, answer: Answer) -> None:
-        """Which version sampled how many of its tokens."""
+        """Counts its tokens under the versions that sampled them."""
         tokens = answer.group.tokens
         first = bisect_right(self._changes, (answer.start, inf)) - 1
         for (mark, version), (next_mark, _) in pairwise([*self._changes[first:], (inf, -1)]):

@@ -27,7 +27,7 @@ HOUR = 3600
 
 
 class StepRecord(NamedTuple):
-    """One simulated step, its first four times on the simulation's clock."""
+    """One simulated step; the first four are times on the simulation's clock."""
 
     begun: float
     taken: float  # the learners have their groups
