@@ -94,13 +94,15 @@ def plan(
         extra = ", ".join(given) or "--trace"
         raise ValueError(f"--from-run plans with the run's own devices: leave out {extra}")
     progress = PlanProgress(console)
+    if from_run is None:
+        settings = load_plan(overrides, options)
+        with progress.bar:
+            return _plan_devices(settings, trace, progress)
+    scenario, sources = calibrate(from_run, overrides, also)
+    title = f"as {from_run}" + (f" with {' '.join(overrides)}" if overrides else "")
     with progress.bar:
-        if from_run is None:
-            return _plan_devices(load_plan(overrides, options), trace, progress)
-        scenario, sources = calibrate(from_run, overrides, also)
-        title = f"as {from_run}" + (f" with {' '.join(overrides)}" if overrides else "")
         found = figures(simulate(scenario, progress.watch(title, scenario.steps)))
-        return Plan(title, scenario, found, sources)
+    return Plan(title, scenario, found, sources)
 
 
 def _plan_devices(settings: PlanSettings, trace: Path | None, progress: PlanProgress) -> Plan:
