@@ -204,7 +204,7 @@ BUDGET = {
     "rl/data": 4_618,
     "rl/evaluation": 2_396,
     "rl/learner": 3_560,
-    "rl/plan": 1_690,
+    "rl/plan": 1_391,
     "rl/watch": 4_891,
     "rl/weights": 1_614,
     "rollout": 2_808,

@@ -10,42 +10,60 @@ Both simulate the schedule that runs really follow; the result is an expectation
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from ..config.key_reference import entries, line_of
+from ..watch.console import duration, say
 from .calibrate import calibrate, trace_lengths
-from .devices import DEVICES
-from .figures import Figures, best_split, figures, imbalance
-from .progress import PlanProgress
-from .scenario import Scenario
-from .settings import PlanSettings, commit_seconds, load_plan, make_scenario
-from .simulator import simulate
+from .devices import DEVICES, MODELS
+from .settings import PlanSettings, Scenario, load_plan, make_scenario
+from .simulator import Figures, figures, simulate
+
+FIRST, EVERY = 3.0, 15.0  # seconds until a line with an estimate, and between two, off a terminal
+LINES = {  # of a plan
+    "split": "{split}{engines} engines of {slots} slots roll out",
+    "step": "{step_s:.4g} s",
+    "trained tokens (answers)": "{tokens_per_s:,.0f} a second",
+    "rollouts idle": "{rollout_idle:.1%}; {slots_used:.1%} of the slots in use",
+    "learners idle": "{learner_idle:.1%}; {learner_busy:.1%} training",
+    "sync exposed": (
+        "learners {sync_exposed_learner_s:.3g} s, rollouts {sync_exposed_rollout_s:.3g} s a step"
+    ),
+    "staleness of tokens": "{lags}",
+    "evicted groups": "{evicted_groups:.3g} a step",
+    "workers lost": "{workers_lost}, groups asked for again {groups_reissued}",
+}
+COLUMNS = {  # of the splits that were tried
+    "tokens/s": "{tokens_per_s:,.0f}",
+    "step, s": "{step_s:.4g}",
+    "learners idle": "{learner_idle:.1%}",
+    "rollouts idle": "{rollout_idle:.1%}",
+}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """The answer."""
 
     title: str
     scenario: Scenario
     figures: Figures
-    sources: dict[str, str]
-    """Where its numbers are from."""
-    learners: int | None = None
-    """Devices; None where a run's own layout was simulated."""
-    splits: dict[int, Figures] = field(default_factory=dict)
-    """Of each number of learner devices that was tried."""
+    sources: dict[str, str]  # where its numbers are from
+    learners: int | None = None  # devices; None where a run's own layout was simulated
+    splits: dict[int, Figures] = field(default_factory=dict)  # by the numbers that were tried
 
     def record(self) -> dict[str, Any]:
         """For `--json`."""
-        rates = {str(n): tried["tokens_per_s"] for n, tried in self.splits.items()}
         return {
             "simulated": True,
             "title": self.title,
@@ -53,7 +71,7 @@ class Plan:
             "engines": self.scenario.workers,
             "slots": self.scenario.slots,
             **self.figures,
-            "splits_tokens_per_s": rates,
+            "splits_tokens_per_s": {str(n): f["tokens_per_s"] for n, f in self.splits.items()},
             "sources": self.sources,
         }
 
@@ -69,112 +87,167 @@ def plan(
 ) -> Plan:
     """The command; `ConfigError` or `ValueError` for what a person must change. console: where
     progress is shown; None: nowhere."""
+    given = [name for name, value in options.items() if value is not None]
+    if from_run is None and also:
+        raise ValueError("--also adds to what --from-run measured: name that run, too")
+    if from_run is not None and (given or trace is not None):
+        extra = ", ".join(given) or "--trace"
+        raise ValueError(f"--from-run plans with the run's own devices: leave out {extra}")
     progress = PlanProgress(console)
     if from_run is None:
-        if also:
-            raise ValueError("--also adds to what --from-run measured: name that run, too")
         settings = load_plan(overrides, options)
         with progress.bar:
             return _plan_devices(settings, trace, progress)
-    given = [name for name, value in options.items() if value is not None]
-    if given or trace is not None:
-        extra = ", ".join(given) or "--trace"
-        raise ValueError(f"--from-run plans with the run's own devices: leave out {extra}")
     scenario, sources = calibrate(from_run, overrides, also)
     title = f"as {from_run}" + (f" with {' '.join(overrides)}" if overrides else "")
     with progress.bar:
         found = figures(simulate(scenario, progress.watch(title, scenario.steps)))
-    return Plan(title=title, scenario=scenario, figures=found, sources=sources)
+    return Plan(title, scenario, found, sources)
 
 
 def _plan_devices(settings: PlanSettings, trace: Path | None, progress: PlanProgress) -> Plan:
     """Plans from data sheets; searches the best split unless `learners` is set."""
     lengths = trace_lengths(trace) if trace is not None else None
-    settings.check_split(settings.learners or 1)
+    device, devices, link = DEVICES[settings.device], settings.devices, settings.link
 
     def tried(learners: int) -> Figures:
         scenario = make_scenario(settings, learners, lengths)
-        what = f"{settings.devices} devices, {learners} learn"
-        return figures(simulate(scenario, progress.watch(what, scenario.steps)))
+        tell = progress.watch(f"{devices} devices, {learners} learn", scenario.steps)
+        return figures(simulate(scenario, tell))
 
-    if settings.learners is not None:
-        candidates = [settings.learners]
-    else:
-        node, most = settings.hardware.per_node, settings.devices - settings.cards
-        candidates = list(range(node, most + 1, node)) or [most]
+    most = max(1, devices - settings.cards)
+    whole_nodes = range(device.per_node, most + 1, device.per_node)
+    candidates = [settings.learners] if settings.learners else list(whole_nodes) or [most]
     context = settings.mean_context
     guess = min(candidates, key=lambda n: imbalance(make_scenario(settings, n), context))
     learners, splits = best_split(tried, candidates, guess, progress.expect)
-    name, link = settings.hardware.name, settings.link
-    title = f"{settings.model} on {settings.devices} x {name}"
-    return Plan(
-        title=f"{title}, {link.mode} weights at {link.bandwidth:g} GB/s a node",
-        scenario=make_scenario(settings, learners, lengths),
-        figures=splits[learners],
-        learners=learners,
-        splits=splits,
-        sources=_sources(settings),
-    )
-
-
-def _sources(settings: PlanSettings) -> dict[str, str]:
-    name, link = settings.hardware.name, settings.link
-    rates = f"rates of {link.rates or 'the data sheet (assumptions)'}"
-    way = "link.commit" if link.commit is not None else f"{link.engine}, {link.mode}, {rates}"
-    commit = f"{commit_seconds(settings):.3g} s in which an engine stands still: {way}"
-    return {
-        **{f"{name} {figure}": text for figure, text in settings.hardware.sources.items()},
-        "model": settings.shape.source,
+    scenario = make_scenario(settings, learners, lengths)
+    rates = f"{link.engine}, {link.mode}, rates of {link.rates or 'the data sheet (assumptions)'}"
+    way = rates if link.commit is None else "link.commit"
+    sources = {
+        **{f"{settings.device} {figure}": text for figure, text in device.sources.items()},
+        "model": MODELS[settings.model].source,
         "learner.fixed, link.*, reward.*": "assumptions; see emberl plan --keys",
-        "commit": commit,
+        "commit": f"{scenario.publication.commit:.3g} s in which an engine stands still: {way}",
     }
+    name = f"{settings.model} on {devices} x {settings.device}"
+    title = f"{name}, {link.mode} weights at {link.bandwidth:g} GB/s a node"
+    return Plan(title, scenario, splits[learners], sources, learners, splits)
+
+
+def best_split(
+    evaluate: Callable[[int], Figures],
+    candidates: list[int],
+    guess: int,
+    expect: Callable[[int], None] = lambda trials: None,
+) -> tuple[int, dict[int, Figures]]:
+    """The candidate with the most tokens per second, and the figures of all that were tried.
+
+    More learners first help (while the learners are the bottleneck), then hurt, so the search
+    climbs from the guess with halving strides and tries some twenty of many hundred candidates.
+    expect: is told before each round how many trials there will be in all, if the search has to
+    climb no further.
+    """
+    tried: dict[int, Figures] = {}
+
+    def rate(i: int) -> float:
+        learners = candidates[i]
+        if learners not in tried:
+            tried[learners] = evaluate(learners)
+        return float(tried[learners]["tokens_per_s"])
+
+    here = candidates.index(guess)
+    stride = max(1, len(candidates) // 8)
+    while True:
+        expect(min(len(candidates), max(1, len(tried)) + 2 * stride.bit_length()))
+        near = [i for i in (here - stride, here + stride) if 0 <= i < len(candidates)]
+        best = max([here, *near], key=rate)
+        if best == here and stride == 1:
+            return candidates[here], dict(sorted(tried.items()))
+        if best == here:
+            stride //= 2
+        here = best
+
+
+def imbalance(scenario: Scenario, context: float) -> float:
+    """The distance from 1 of what full engines decode over what the learners train in the same
+    time. context: tokens that a running answer reads."""
+    table = scenario.table
+    step = table.seconds[-1, np.searchsorted(table.context, context, side="right") - 1]
+    decoded = scenario.workers * scenario.slots / step
+    return float(abs(decoded * scenario.learner_per_token - 1))
 
 
 def describe_keys() -> str:
     """All settings with their defaults and what they mean, and the data sheets."""
     keys = [line_of(entry, whole=True).removesuffix("  # ") for entry in entries(PlanSettings)]
     sheets = [
-        f"# {d.name}: {name}: {text}" for d in DEVICES.values() for name, text in d.sources.items()
+        f"# {device}: {figure}: {text}"
+        for device, sheet in DEVICES.items()
+        for figure, text in sheet.sources.items()
     ]
     return "\n".join([*keys, *sheets])
 
 
 def show(plan: Plan, console: Console) -> None:
-    """The table for a person."""
-    table = Table(
-        title=f"{escape(plan.title)} (simulated)", show_header=False, title_justify="left"
-    )
-    for name, value in _lines(plan).items():
-        table.add_row(name, value)
+    """The tables for a person."""
+    lags = [f"{k}: {share:.1%}" for k, share in plan.figures["staleness"].items() if share >= 5e-4]
+    split = "" if plan.learners is None else f"{plan.learners} devices learn; "
+    shown = {**plan.record(), "lags": ", ".join(lags), "split": split}
+    title = f"{escape(plan.title)} (simulated)"
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, text in LINES.items():
+        table.add_row(name, text.format(**shown))
     console.print(table)
     if len(plan.splits) > 1:
-        splits = Table("learner devices", "tokens/s", "step, s", "learners idle", "rollouts idle")
-        for n, tried in plan.splits.items():
-            splits.add_row(
-                f"{n} *" if n == plan.learners else str(n),
-                f"{tried['tokens_per_s']:,.0f}",
-                f"{tried['step_s']:.4g}",
-                f"{tried['learner_idle']:.1%}",
-                f"{tried['rollout_idle']:.1%}",
-            )
+        splits = Table("learner devices", *COLUMNS)
+        for n, found in plan.splits.items():
+            mark = " *" if n == plan.learners else ""
+            splits.add_row(f"{n}{mark}", *(text.format(**found) for text in COLUMNS.values()))
         console.print(splits)
     for name, source in plan.sources.items():
         console.print(f"  {name}: {source}", style="dim", highlight=False, markup=False)
 
 
-def _lines(plan: Plan) -> dict[str, str]:
-    f, scenario = plan.figures, plan.scenario
-    split = "" if plan.learners is None else f"{plan.learners} devices learn; "
-    lags = [f"{lag}: {share:.1%}" for lag, share in f["staleness"].items() if share >= 5e-4]
-    learners, rollouts = f["sync_exposed_learner_s"], f["sync_exposed_rollout_s"]
-    return {
-        "split": f"{split}{scenario.workers} engines of {scenario.slots} slots roll out",
-        "step": f"{f['step_s']:.4g} s",
-        "trained tokens (answers)": f"{f['tokens_per_s']:,.0f} a second",
-        "rollouts idle": f"{f['rollout_idle']:.1%}; {f['slots_used']:.1%} of the slots in use",
-        "learners idle": f"{f['learner_idle']:.1%}; {f['learner_busy']:.1%} training",
-        "sync exposed": f"learners {learners:.3g} s, rollouts {rollouts:.3g} s a step",
-        "staleness of tokens": ", ".join(lags),
-        "evicted groups": f"{f['evicted_groups']:.3g} a step",
-        "workers lost": f"{f['workers_lost']}, groups asked for again {f['groups_reissued']}",
-    }
+class PlanProgress:
+    """The progress of simulations, on stderr: a bar on a terminal, elsewhere lines. `watch` follows
+    one after another, in the context of `bar`."""
+
+    def __init__(self, console: Console | None) -> None:
+        """console: None says nothing."""
+        self._console, self._begun = console, time.monotonic()
+        self._next = self._begun + FIRST
+        self._at, self._total = -1, 1
+        self.bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(10),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            refresh_per_second=2,
+            transient=True,
+            disable=console is None or not console.is_terminal,
+        )
+        self._task = self.bar.add_task("preparing", total=None, left="")
+
+    def expect(self, simulations: int) -> None:
+        """So many at the least, with those that are done."""
+        self._total = max(simulations, self._at + 1)
+
+    def watch(self, what: str, steps: int) -> Callable[[int], None]:
+        """Another simulation begins; what is returned is told how many of its steps are done."""
+        self._at += 1
+        self.expect(self._total)
+        self._show(what, 0.0)
+        return lambda done: self._show(what, done / steps)
+
+    def _show(self, what: str, part: float) -> None:
+        done, now = self._at + part, time.monotonic()
+        text, left = f"simulating {what}", ""
+        if self._total > 1:
+            text += f" ({self._at + 1} of about {self._total})"
+        if done:
+            left = f"{duration((now - self._begun) * (self._total - done) / done)} left"
+        self.bar.update(self._task, description=text, left=left, completed=done, total=self._total)
+        if self.bar.disable and self._console is not None and (not done or now >= self._next):
+            self._next = now + (EVERY if done else FIRST)
+            say(self._console, "  ".join(filter(None, [time.strftime("%H:%M:%S"), text, left])))

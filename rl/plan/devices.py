@@ -9,36 +9,33 @@ replaces it with what a run measured.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from ..config.base import Settings
 from ..config.mistakes import explain
 from ..learner.flops import PEAKS
-from .scenario import DecodeTable
 
-BYTES = 2
-"""Of a weight, key or value in bfloat16."""
-HASH = 10e9
-"""Bytes per second of xxh3-128 on one core. An assumption."""
-LINE = 64
-"""Bytes that a device's memory moves for one element of two."""
+Floats = NDArray[np.float64]
+
+BYTES = 2  # of a weight, key or value in bfloat16
+# Assumptions
+READ = 0.6  # share of a memory's bandwidth in decoding
+HASH = 10e9  # bytes per second of xxh3-128 on one core
+LINE = 64  # bytes that a device's memory moves for one element of two
 
 
 class CommitRates(Settings):
     """The parts of an engine's standstill for new weights. `emberl bench device` measures them,
     under "commit" of its JSON."""
 
-    copy_bytes_per_s: float = Field(gt=0)
-    """From the host's memory into the device's."""
-    hash_bytes_per_s: float = Field(gt=0)
-    """xxh3-128 on one core of the host: every process of an engine hashes all that it loads."""
-    scatter_elements_per_s: float = Field(gt=0)
-    """Elements compared and written one by one in the device's memory."""
+    copy_bytes_per_s: float = Field(gt=0)  # from the host's memory into the device's
+    hash_bytes_per_s: float = Field(gt=0)  # xxh3-128 on one core of the host
+    scatter_elements_per_s: float = Field(gt=0)  # compared and written in the device's memory
 
 
 def read_rates(path: Path) -> CommitRates:
@@ -52,99 +49,65 @@ def read_rates(path: Path) -> CommitRates:
     raise ValueError(f"link.rates={path} {what}; emberl bench device --json makes it")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Device:
+class Device(CommitRates):
     """One accelerator as the scheduler counts it (a 910C is two)."""
 
-    name: str
-    flops: float
-    """bfloat16, dense, per second."""
-    bandwidth: float
-    """Bytes per second of its memory."""
-    memory: float
-    """Bytes."""
+    flops: float  # bfloat16, dense, per second
+    bandwidth: float  # bytes per second of its memory
+    memory: float  # bytes
     per_node: int
-    mfu: float
-    """Share of `flops` in training."""
-    step_overhead: float
-    """Seconds of a decode step besides reading and multiplying: launches, all-reduces of layers."""
-    sources: Mapping[str, str]
-    """Figure -> where it is from; what is not here is an assumption."""
-    host_link: float
-    """Bytes per second from the host's memory to one device."""
-    read_efficiency: float = 0.6
-    """Share of `bandwidth` in decoding."""
+    mfu: float  # share of `flops` in training
+    step_overhead: float  # seconds of a decode step for launches and all-reduces of layers
+    sources: dict[str, str]  # figure -> where it is from; what is not here is an assumption
 
-    @property
-    def rates(self) -> CommitRates:
-        """From its data sheet."""
-        scattered = self.bandwidth * self.read_efficiency / LINE
-        return CommitRates(
-            copy_bytes_per_s=self.host_link,
-            hash_bytes_per_s=HASH,
-            # an assumption: each element is in a line of its own, compared and written
-            scatter_elements_per_s=scattered / 2,
-        )
+
+def _sheet(**figures: tuple[float, str]) -> Device:
+    """A device by its figures, each with where it is from; empty for an assumption."""
+    values: dict[str, Any] = {name: value for name, (value, _) in figures.items()}
+    return Device(
+        hash_bytes_per_s=HASH,
+        # each element is in a line of its own, compared and written
+        scatter_elements_per_s=values["bandwidth"] * READ / LINE / 2,
+        sources={name: text for name, (_, text) in figures.items() if text},
+        **values,
+    )
 
 
 DEVICES = {
-    "910B": Device(
-        name="910B",
-        flops=PEAKS["Ascend910B2"],
-        bandwidth=1.6e12,
-        memory=64e9,
-        per_node=8,
-        mfu=0.30,
-        step_overhead=5e-3,
-        host_link=25e9,
-        sources={
-            "flops": (
-                "376 TFLOPS, as the 910C's die (arXiv 2506.12708); public figures range 256-376"
-            ),
-            "bandwidth": "1.6 TB/s, inferred from the 910C's die (arXiv 2506.12708)",
-            "memory": "64 GB, SGLang documentation",
-            "per_node": "8 cards in an HCCS full mesh",
-            "mfu": "30 %, Pangu Ultra MoE on 6,000 910B (arXiv 2505.04519)",
-        },
+    "910B": _sheet(
+        flops=(
+            PEAKS["Ascend910B2"],
+            "376 TFLOPS, as the 910C's die (arXiv 2506.12708); public figures range 256-376",
+        ),
+        bandwidth=(1.6e12, "1.6 TB/s, inferred from the 910C's die (arXiv 2506.12708)"),
+        memory=(64e9, "64 GB, SGLang documentation"),
+        per_node=(8, "8 cards in an HCCS full mesh"),
+        mfu=(0.30, "30 %, Pangu Ultra MoE on 6,000 910B (arXiv 2505.04519)"),
+        step_overhead=(5e-3, ""),
+        copy_bytes_per_s=(25e9, ""),
     ),
-    "910C": Device(
-        name="910C",
-        flops=PEAKS["Ascend910_9382"],
-        bandwidth=1.6e12,
-        memory=64e9,
-        per_node=16,
-        mfu=0.30,
-        step_overhead=5e-3,
-        host_link=25e9,
-        sources={
-            "flops": "376 TFLOPS per die, a device (arXiv 2506.12708)",
-            "bandwidth": "1.6 TB/s per die (arXiv 2506.12708)",
-            "memory": "64 GB per die (arXiv 2506.12708)",
-            "per_node": "16 devices of an A3 node (arXiv 2506.12708)",
-            "mfu": "30 %, measured on 910B (arXiv 2505.04519)",
-        },
+    "910C": _sheet(
+        flops=(PEAKS["Ascend910_9382"], "376 TFLOPS per die, a device (arXiv 2506.12708)"),
+        bandwidth=(1.6e12, "1.6 TB/s per die (arXiv 2506.12708)"),
+        memory=(64e9, "64 GB per die (arXiv 2506.12708)"),
+        per_node=(16, "16 devices of an A3 node (arXiv 2506.12708)"),
+        mfu=(0.30, "30 %, measured on 910B (arXiv 2505.04519)"),
+        step_overhead=(5e-3, ""),
+        copy_bytes_per_s=(25e9, ""),
     ),
-    "H200": Device(
-        name="H200",
-        flops=PEAKS["NVIDIA H200"],
-        bandwidth=4.8e12,
-        memory=141e9,
-        per_node=8,
-        mfu=0.40,
-        step_overhead=3e-3,
-        host_link=50e9,
-        sources={
-            "flops": "989.5 TFLOPS dense, NVIDIA data sheet (1,979 with sparsity)",
-            "bandwidth": "4.8 TB/s, NVIDIA data sheet",
-            "memory": "141 GB, NVIDIA data sheet",
-            "per_node": "8, HGX H200",
-        },
+    "H200": _sheet(
+        flops=(PEAKS["NVIDIA H200"], "989.5 TFLOPS dense, NVIDIA data sheet (1,979 with sparsity)"),
+        bandwidth=(4.8e12, "4.8 TB/s, NVIDIA data sheet"),
+        memory=(141e9, "141 GB, NVIDIA data sheet"),
+        per_node=(8, "8, HGX H200"),
+        mfu=(0.40, ""),
+        step_overhead=(3e-3, ""),
+        copy_bytes_per_s=(50e9, ""),
     ),
 }
 
 
-@dataclass(frozen=True, slots=True)
-class ModelShape:
+class ModelShape(NamedTuple):
     """The sizes that decide a model's speed, from the config.json of the model it is named
     after."""
 
@@ -179,6 +142,21 @@ MODELS = {
 }
 
 
+class DecodeTable(NamedTuple):
+    """The speed of one worker: seconds of a step, in which each running answer gets a token.
+    Bilinear between its points and constant beyond them."""
+
+    running: Floats  # [R] answers in the batch, ascending
+    context: Floats  # [C] mean tokens that each of them reads, prompt and answer so far, ascending
+    seconds: Floats  # [R, C]
+    prefill: float = 0.0  # seconds of a prompt's token; decoding stands still meanwhile
+
+    def rows(self, slots: int) -> list[list[float]]:
+        """[slots + 1][C]: the step times of each batch."""
+        columns = [np.interp(range(slots + 1), self.running, column) for column in self.seconds.T]
+        return [list(row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+
 def decode_table(
     device: Device, model: ModelShape, cards: int, *, slots: int, longest: int
 ) -> DecodeTable:
@@ -186,8 +164,7 @@ def decode_table(
     running = np.unique(np.rint(np.geomspace(1, slots, 12)))
     context = np.linspace(0, longest, 9)
     n, c = running[:, None], context[None, :]
-    bandwidth = cards * device.bandwidth * device.read_efficiency
-    read = (model.weight_bytes + n * c * model.kv_bytes) / bandwidth
+    read = (model.weight_bytes + n * c * model.kv_bytes) / (cards * device.bandwidth * READ)
     prefill = 2 * model.parameters / (cards * device.flops * device.mfu)
     seconds = device.step_overhead + np.maximum(read, n * prefill)
     return DecodeTable(running=running, context=context, seconds=seconds, prefill=prefill)

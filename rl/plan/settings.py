@@ -1,41 +1,99 @@
-"""The settings of `emberl plan`, and the scenario that follows from them for a given split of the
-devices."""
+"""The settings of `emberl plan`, and the run to simulate (`Scenario`) that follows from them for a
+given split of the devices. Times are seconds, lengths tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import ceil, log2
+from dataclasses import dataclass, field
+from functools import reduce
+from math import ceil, inf, log2
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from ...rollout.schedule import Overdue
 from ..config.base import Settings
-from ..config.load import ConfigError
+from ..config.load import ConfigError, user_errors
 from ..config.mistakes import explain
-from ..config.overrides import OverrideError, merged, tree_of
-from .devices import DEVICES, MODELS, Device, ModelShape, decode_table, most_slots, read_rates
-from .scenario import (
-    Failures,
-    LognormalLengths,
-    PlanSchedule,
-    Publication,
-    RewardTime,
-    Scenario,
-    TraceLengths,
-)
+from ..config.overrides import merged, tree_of
+from .devices import DEVICES, MODELS, DecodeTable, Floats, decode_table, most_slots, read_rates
 
 GB = 1e9
-ENOUGH = 64
-"""Answers that an engine should decode at a time: fewer leave most of its time to reading
-weights."""
-MOST_SLOTS = 256
-"""That an engine is given, whatever memory it has."""
-RELAY_BLOCKS = 64
-"""A relayed version travels in so many blocks: the last node waits for one block per hop of the
-tree, not for all of them."""
-ORDERS_S = {"vllm": 0.1, "embedded": 0.01}
-"""Seconds to stop an engine at a token boundary and have it go on. An assumption."""
+ENOUGH = 64  # answers at a time: fewer leave most of an engine's time to reading weights
+MOST_SLOTS = 256  # that an engine is given, whatever memory it has
+RELAY_BLOCKS = 64  # of a relayed version: the last node waits for one of them per hop of the tree
+ORDERS_S = {"vllm": 0.1, "embedded": 0.01}  # to stop at a token boundary and go on; an assumption
+
+
+def lognormal(mean: float, cv: float, z: Any) -> Any:
+    """Values of this mean and standard deviation over mean, at z of the standard normal."""
+    sigma = np.sqrt(np.log1p(cv**2))
+    return mean * np.exp(sigma * z - sigma**2 / 2)
+
+
+class LognormalLengths(Settings):
+    """Lognormal answers, cut at a longest one; `--trace` takes recorded ones instead."""
+
+    mean: float = Field(default=8192, gt=0)
+    """Tokens, before the cut at `cap`."""
+    cv: float = Field(default=1.0, ge=0)
+    """Standard deviation over mean, before the cut; 0: all answers are equally long."""
+    cap: int = Field(default=32768, ge=1)
+    prompt: int = Field(default=512, ge=0)
+    correlation: float = Field(default=0.0, ge=0, le=1)
+    """Between the logarithms of the answers to one prompt: a hard problem makes all long."""
+
+    def draw(self, rng: np.random.Generator, group_size: int) -> tuple[int, Floats]:
+        """A prompt's tokens, and [G] those of its answers."""
+        problem, own = rng.standard_normal(), rng.standard_normal(group_size)
+        z = np.sqrt(self.correlation) * problem + np.sqrt(1 - self.correlation) * own
+        return self.prompt, np.clip(np.rint(lognormal(self.mean, self.cv, z)), 1, self.cap)
+
+
+class TraceLengths(NamedTuple):
+    """Lengths that a run recorded: whole groups are drawn again, so what answers to one prompt have
+    in common stays."""
+
+    groups: Sequence[tuple[int, Floats]]
+    """A prompt's tokens, and those of its answers."""
+
+    def draw(self, rng: np.random.Generator, group_size: int) -> tuple[int, Floats]:
+        """A prompt's tokens, and [G] those of its answers."""
+        prompt, own = self.groups[int(rng.integers(len(self.groups)))]
+        return prompt, own if len(own) == group_size else rng.choice(own, group_size)
+
+
+class PlanSchedule(Settings):
+    """As `schedule` of a run's configuration."""
+
+    prompts_per_step: int = Field(default=1024, ge=1)
+    group_size: int = Field(default=16, ge=1)
+    max_staleness: int = Field(default=8, ge=0)
+    overdue: Overdue = "wait"
+    in_flight: Literal["update", "finish", "park"] = "update"
+    oversample: float = Field(default=1.0, ge=1)
+
+
+class RewardTime(Settings):
+    """How long marking takes."""
+
+    seconds: float = Field(default=1.0, ge=0)
+    """From a group's last token until the learners may have it; the mean."""
+    cv: float = Field(default=1.0, ge=0)
+    """0: always the same; else lognormal."""
+    graders: int = Field(default=256, ge=1)
+    """Groups at a time."""
+
+
+class Failures(Settings):
+    """Of rollout engines."""
+
+    mtbf: float = Field(default=inf, gt=0, allow_inf_nan=True)
+    """Hours between two losses of one engine, on average."""
+    restart: float = Field(default=300.0, ge=0)
+    """Seconds until its replacement decodes."""
 
 
 class EngineSettings(Settings):
@@ -120,101 +178,98 @@ class PlanSettings(Settings):
         return self
 
     @property
-    def hardware(self) -> Device:
-        return DEVICES[self.device]
-
-    @property
-    def shape(self) -> ModelShape:
-        return MODELS[self.model]
-
-    @property
     def mean_context(self) -> float:
         """Tokens that a running answer reads on average: long ones run longer, so it is more than
         half the mean length."""
         lengths = self.lengths
         return lengths.prompt + min(lengths.mean * (1 + lengths.cv**2), lengths.cap) / 2
 
-    def _most_slots(self, cards: int) -> int:
-        return most_slots(self.hardware, self.shape, cards, self.mean_context)
+    def fitting(self, cards: int) -> int:
+        """Answers for which an engine of so many devices has memory."""
+        return most_slots(DEVICES[self.device], MODELS[self.model], cards, self.mean_context)
 
     @property
     def cards(self) -> int:
         """Devices of one engine."""
         sizes = (1 << i for i in range(20))
-        return self.engine.cards or next(n for n in sizes if self._most_slots(n) >= ENOUGH)
-
-    @property
-    def slots(self) -> int:
-        fit = min(MOST_SLOTS, self._most_slots(self.cards))
-        if fit == 0:
-            raise ConfigError(
-                f"model={self.model} does not fit engine.cards={self.cards} x {self.device}; use"
-                " more cards"
-            )
-        return self.engine.slots or fit
-
-    def check_split(self, learners: int) -> None:
-        if not 1 <= learners <= self.devices - self.cards:
-            raise ConfigError(
-                f"devices={self.devices} with learners={learners} leave no engine of {self.cards}"
-                " devices; use more devices or fewer engine.cards"
-            )
+        return self.engine.cards or next(n for n in sizes if self.fitting(n) >= ENOUGH)
 
 
 def load_plan(overrides: Sequence[str], options: Mapping[str, Any]) -> PlanSettings:
     """Settings from key=value words, with the command's own options on top; `ConfigError` for what
     a person must change."""
-    tree: dict[str, Any] = {}
+    given = {name: value for name, value in options.items() if value is not None}
+    with user_errors():
+        trees = [tree_of(override, PlanSettings, "link.bandwidth=3") for override in overrides]
     try:
-        for override in overrides:
-            tree = merged(tree, tree_of(override, PlanSettings, "link.bandwidth=3"))
-        given = {name: value for name, value in options.items() if value is not None}
-        return PlanSettings.model_validate(tree | given)
+        return PlanSettings.model_validate(reduce(merged, [*trees, given], {}))
     except ValidationError as error:
         raise ConfigError(explain(error, PlanSettings)) from error
-    except OverrideError as error:
-        raise ConfigError(str(error)) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """The times of publishing a new version of the weights. The learners wait until every worker
+    serves it."""
+
+    encode: float = 0.0  # finding and coding what changed, on the learners
+    transfer: float = 0.0  # until the bytes are on every rollout node
+    commit: float = 0.0  # writing them into the engine, during which it cannot decode
+    staged: bool = True  # decoding goes on during the transfer; else it stands still
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """One run to simulate."""
+
+    workers: int  # rollout engines
+    slots: int  # answers that one of them decodes at a time
+    table: DecodeTable
+    lengths: LognormalLengths | TraceLengths
+    schedule: PlanSchedule
+    learner_fixed: float  # of a step, whatever its size: from its last group to the publication
+    learner_per_token: float  # and for each token of its groups, prompts included
+    reward: RewardTime
+    publication: Publication = Publication()
+    failures: Failures = field(default_factory=Failures)
+    steps: int
+    warmup: int  # the first steps, which fill the pipeline: the figures leave them out
+    seed: int = 0
 
 
 def publication(settings: PlanSettings, learners: int) -> Publication:
     """The times of one version when `learners` devices publish it to the others."""
-    link, weights = settings.link, settings.shape.weight_bytes / GB
-    per_node = settings.hardware.per_node
+    link, weights = settings.link, MODELS[settings.model].weight_bytes / GB
+    per_node = DEVICES[settings.device].per_node
     senders = max(1, learners // per_node)
     receivers = max(1, ceil((settings.devices - learners) / per_node))
-    wire = weights / link.ratio if link.mode == "patch" else weights
-    arrival = wire / link.bandwidth
-    if link.relay:
-        arrival *= 1 + log2(receivers + 1) / RELAY_BLOCKS
-    else:
-        arrival *= max(1.0, receivers / senders)
-    return Publication(
-        encode=weights / senders / link.encode if link.mode == "patch" else 0.0,
-        transfer=arrival + weights / link.prepare,
-        commit=commit_seconds(settings),
-        staged=link.staged,
-    )
+    # relayed, the last node waits for a block a hop; else learners send to each node themselves
+    relayed = 1 + log2(receivers + 1) / RELAY_BLOCKS
+    times = relayed if link.relay else max(1.0, receivers / senders)
+    coding = weights / senders / link.encode
+    wire, encode = (weights / link.ratio, coding) if link.mode == "patch" else (weights, 0.0)
+    transfer = wire / link.bandwidth * times + weights / link.prepare
+    commit = commit_seconds(settings)
+    return Publication(encode=encode, transfer=transfer, commit=commit, staged=link.staged)
 
 
 def commit_seconds(settings: PlanSettings) -> float:
-    """How long an engine stands still for one version: a sum over what it does with it between two
-    tokens.
+    """Seconds in which an engine stands still for one version: a sum over what it does with it
+    between two tokens.
 
-    Dense, every process of a vLLM engine reads all tensors from the host's memory, hashes them and
-    loads its part; the embedded engine copies and hashes them. Of a patch, each changed element is
-    compared and written; to bring them to the device, to find where they belong, and to read back
-    and compare checksums goes on beside decoding.
+    Dense, every process of an engine hashes whole tensors from the host's memory and copies its
+    part of them. Of a patch, each changed element is compared and written; to bring them to the
+    device, to find where they belong, and to compare checksums goes on beside decoding.
     """
-    link, shape = settings.link, settings.shape
+    link, model = settings.link, MODELS[settings.model]
     if link.commit is not None:
         return link.commit
-    rates = settings.hardware.rates if link.rates is None else read_rates(link.rates)
+    rates = DEVICES[settings.device] if link.rates is None else read_rates(link.rates)
     part, orders = 1 / settings.cards, ORDERS_S[link.engine]
     if link.mode == "dense":
-        # every process hashes whole tensors, and keeps its part of them
-        hashed = shape.weight_bytes / rates.hash_bytes_per_s
-        return orders + part * shape.weight_bytes / rates.copy_bytes_per_s + hashed
-    return orders + part * link.changed * shape.parameters / rates.scatter_elements_per_s
+        hashed = model.weight_bytes / rates.hash_bytes_per_s
+        return orders + part * model.weight_bytes / rates.copy_bytes_per_s + hashed
+    return orders + part * link.changed * model.parameters / rates.scatter_elements_per_s
 
 
 def make_scenario(
@@ -222,19 +277,30 @@ def make_scenario(
 ) -> Scenario:
     """The scenario in which `learners` of the devices learn. lengths: in the place of lognormal
     ones."""
-    settings.check_split(learners)
-    hardware, shape, drawn = settings.hardware, settings.shape, settings.lengths
-    flops = shape.train_flops(drawn.prompt + drawn.mean)
-    mfu = settings.learner.mfu or hardware.mfu
-    longest = drawn.prompt + drawn.cap
+    device, model, drawn = DEVICES[settings.device], MODELS[settings.model], settings.lengths
+    cards, longest = settings.cards, drawn.prompt + drawn.cap
+    if not 1 <= learners <= settings.devices - cards:
+        raise ConfigError(
+            f"devices={settings.devices} with learners={learners} leave no engine of {cards}"
+            " devices; use more devices or fewer engine.cards"
+        )
+    fit = min(MOST_SLOTS, settings.fitting(cards))
+    if fit == 0:
+        raise ConfigError(
+            f"model={settings.model} does not fit engine.cards={cards} x {settings.device}; use"
+            " more cards"
+        )
+    slots = settings.engine.slots or fit
+    flops = model.train_flops(drawn.prompt + drawn.mean)
+    mfu = settings.learner.mfu or device.mfu
     return Scenario(
-        workers=max(1, (settings.devices - learners) // settings.cards),
-        slots=settings.slots,
-        table=decode_table(hardware, shape, settings.cards, slots=settings.slots, longest=longest),
+        workers=max(1, (settings.devices - learners) // cards),
+        slots=slots,
+        table=decode_table(device, model, cards, slots=slots, longest=longest),
         lengths=lengths or drawn,
         schedule=settings.schedule,
         learner_fixed=settings.learner.fixed,
-        learner_per_token=flops / (learners * hardware.flops * mfu),
+        learner_per_token=flops / (learners * device.flops * mfu),
         reward=settings.reward,
         publication=publication(settings, learners),
         failures=settings.failures,

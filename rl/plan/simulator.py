@@ -9,36 +9,48 @@ weights, and lost workers.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import simpy
 
 from ...rollout.schedule import QUEUE_DEPTH, Dispatch, Schedule
-from .scenario import Scenario, StepRecord, Usage
-from .simulated_worker import SimGroup, SimWorker
+from .settings import Scenario, lognormal
+from .simulated_worker import SimGroup, SimWorker, Waits
 
-Waits = Generator[simpy.Event, Any, None]
+Figures = dict[str, Any]
 HOUR = 3600
+
+
+class StepRecord(NamedTuple):
+    """One simulated step; the first four are times on the simulation's clock."""
+
+    begun: float
+    taken: float  # the learners have their groups
+    trained: float
+    end: float  # the new weights are published
+    answer_tokens: int
+    lags: Mapping[int, float]  # versions behind the one that is trained -> tokens of answers
+    usage: tuple[float, ...]  # `SimWorker.usage` of all workers, at its end
 
 
 def simulate(scenario: Scenario, tell: Callable[[int], None] = lambda done: None) -> Simulation:
     """Runs the scenario to its last step; deterministic in its seed. tell: how many steps are
     done, after each."""
-    return Simulation(scenario, tell).run()
+    simulation = Simulation(scenario)
+    simulation.env.run(until=simulation.env.process(simulation.learn(tell)))
+    return simulation
 
 
 class Simulation:
     """A run that was simulated: its `steps`, the schedule's own books, and workers `lost`."""
 
-    def __init__(self, scenario: Scenario, tell: Callable[[int], None]) -> None:
-        self.scenario = scenario
-        self._tell = tell
-        self._env = simpy.Environment()
-        asked, workers = scenario.schedule, scenario.workers
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario, self.env = scenario, simpy.Environment()
+        asked, workers = scenario.schedule, range(scenario.workers)
         self._schedule: Schedule[SimGroup] = Schedule(
             groups_per_step=asked.prompts_per_step,
             max_staleness=asked.max_staleness,
@@ -46,59 +58,43 @@ class Simulation:
             oversample=asked.oversample,
         )
         self.counts = self._schedule.counts
-        self._workers = [
-            SimWorker(self._env, scenario, partial(self._decoded, i)) for i in range(workers)
-        ]
-        self._dispatch: Dispatch[SimGroup] = Dispatch(
-            workers, QUEUE_DEPTH * scenario.slots if asked.max_staleness else None
-        )
+        queue = QUEUE_DEPTH * scenario.slots if asked.max_staleness else None
+        self._dispatch: Dispatch[SimGroup] = Dispatch(scenario.workers, queue)
+        self._workers = [SimWorker(self.env, scenario, partial(self._decoded, i)) for i in workers]
         self.steps: list[StepRecord] = []
         self._admitted = self._served = self.lost = 0
-        self._changed = self._env.event()
-        self._graders = simpy.Resource(self._env, scenario.reward.graders)
+        self._marked = self.env.event()  # the next time that a group is
+        self._graders = simpy.Resource(self.env, scenario.reward.graders)
         self._lengths, failures, self._rewards = (
             np.random.default_rng([scenario.seed, i]) for i in range(3)
         )
         if np.isfinite(scenario.failures.mtbf):
-            for i in range(workers):
-                self._env.process(self._fail(i, np.random.default_rng(failures.integers(1 << 62))))
+            for i in workers:
+                self.env.process(self._fail(i, np.random.default_rng(failures.integers(1 << 62))))
 
-    def run(self) -> Simulation:
-        self._env.run(until=self._env.process(self._learn()))
-        return self
-
-    # The learners
-
-    def _learn(self) -> Waits:
+    def learn(self, tell: Callable[[int], None]) -> Waits:
         """The loop of `rl/trainer.py`."""
-        scenario = self.scenario
+        scenario, env = self.scenario, self.env
         for version in range(scenario.steps):
-            start = self._env.now
+            begun = env.now
             self._close(version)
-            while True:
+            self._admit()
+            while (groups := self._schedule.take(scenario.schedule.prompts_per_step)) is None:
+                yield self._marked
                 self._admit()
-                if (groups := self._schedule.take(scenario.schedule.prompts_per_step)) is not None:
-                    break
-                self._changed = self._env.event()
-                yield self._changed
-            trained_from = self._env.now
-            answer_tokens = sum(group.answer_tokens for group in groups)
-            tokens = answer_tokens + sum(group.prompt * group.samples for group in groups)
-            yield self._env.timeout(scenario.learner_fixed + scenario.learner_per_token * tokens)
-            published_from = self._env.now
+            taken = env.now
+            answers = sum(int(group.lengths.sum()) for group in groups)
+            tokens = answers + sum(group.prompt * group.samples for group in groups)
+            yield env.timeout(scenario.learner_fixed + scenario.learner_per_token * tokens)
+            trained = env.now
             yield from self._publish(version + 1)
-            self.steps.append(
-                StepRecord(
-                    end=self._env.now,
-                    waited=trained_from - start,
-                    trained=published_from - trained_from,
-                    published=self._env.now - published_from,
-                    answer_tokens=answer_tokens,
-                    lags=_lags(groups, version),
-                    usage=Usage(*map(sum, zip(*(w.usage() for w in self._workers), strict=True))),
-                )
-            )
-            self._tell(len(self.steps))
+            lags: defaultdict[int, float] = defaultdict(float)
+            for group in groups:
+                for sampled_by, count in group.tokens.items():
+                    lags[version - sampled_by] += count
+            usage = tuple(map(sum, zip(*(w.usage() for w in self._workers), strict=True)))
+            self.steps.append(StepRecord(begun, taken, trained, env.now, answers, lags, usage))
+            tell(len(self.steps))
         self._close(scenario.steps)
 
     def _close(self, version: int) -> None:
@@ -111,37 +107,25 @@ class Simulation:
     def _publish(self, version: int) -> Waits:
         """Gives the new weights to every worker, and waits until all serve them; but not for
         answers that are finished with the old ones first."""
-        cost, in_flight = self.scenario.publication, self.scenario.schedule.in_flight
-        yield self._env.timeout(cost.encode)
+        cost, asked = self.scenario.publication, self.scenario.schedule
+        yield self.env.timeout(cost.encode)
         self._served = version  # what a replacement gets
-        if in_flight == "finish":
-            if self.scenario.schedule.max_staleness:
-                for worker in self._up():
-                    self._env.process(self._install_drained(worker, version))
-                return
-            in_flight = "update"  # nothing is in flight
+        if asked.in_flight == "finish" and asked.max_staleness:
+            for worker in self._up():
+                self.env.process(worker.finish_and_install(version, cost))
+            return
         if not cost.staged:
             for worker in self._up():
                 worker.hold()
-        yield self._env.timeout(cost.transfer)
+        yield self.env.timeout(cost.transfer)
         for worker in self._up():
-            worker.install(version, cost.commit, in_flight)
-        yield self._env.timeout(cost.commit)
-
-    def _install_drained(self, worker: SimWorker, version: int) -> Waits:
-        cost = self.scenario.publication
-        if cost.staged:
-            yield self._env.timeout(cost.transfer)
-        yield worker.drain()
-        if not cost.staged:
-            yield self._env.timeout(cost.transfer)
-        worker.install(version, cost.commit, "finish")
+            # where workers would finish answers first, none is left at max_staleness=0
+            worker.install(version, cost.commit, parked=asked.in_flight == "park")
+        yield self.env.timeout(cost.commit)
 
     def _up(self) -> list[SimWorker]:
         """The workers that are there."""
         return [w for w, up in zip(self._workers, self._dispatch.up, strict=True) if up]
-
-    # The pool
 
     def _admit(self) -> None:
         """Asks for as many groups as the schedule has room for."""
@@ -162,31 +146,31 @@ class Simulation:
     def _decoded(self, worker: int, group: SimGroup) -> None:
         self._dispatch.release(worker, group)
         self._deal()
-        self._env.process(self._mark(group))
+        self.env.process(self._mark(group))
 
     def _mark(self, group: SimGroup) -> Waits:
+        reward = self.scenario.reward
         with self._graders.request() as turn:
             yield turn
-            yield self._env.timeout(self.scenario.reward.draw(self._rewards))
+            z = self._rewards.standard_normal()
+            yield self.env.timeout(float(lognormal(reward.seconds, reward.cv, z)))
         self._schedule.finish(group.number, group, min(group.tokens))
-        if not self._changed.triggered:
-            self._changed.succeed()
+        self._marked.succeed()
+        self._marked = self.env.event()
 
     def _fail(self, i: int, rng: np.random.Generator) -> Waits:
         """Loses worker i now and then, and replaces it; what it had is asked for again, unless it
         is too old by then."""
-        failures, worker = self.scenario.failures, self._workers[i]
+        failures, worker, jobs = self.scenario.failures, self._workers[i], self._dispatch.jobs[i]
         while True:
-            yield self._env.timeout(rng.exponential(failures.mtbf * HOUR))
+            yield self.env.timeout(rng.exponential(failures.mtbf * HOUR))
             self._dispatch.set_up(i, False)
             self.lost += 1
             worker.remove(lambda group: True)
             worker.hold()
-            lost = list(self._dispatch.jobs[i])
-            for group in lost:
-                self._dispatch.release(i, group)
-            yield self._env.timeout(failures.restart)
-            worker.install(self._served, 0.0, "update")
+            lost = self._dispatch.remove(jobs.__contains__).get(i, [])
+            yield self.env.timeout(failures.restart)
+            worker.install(self._served)
             self._dispatch.set_up(i, True)
             wanted = set(self._schedule.open)
             for group in lost:
@@ -196,9 +180,36 @@ class Simulation:
             self._deal()
 
 
-def _lags(groups: list[SimGroup], version: int) -> dict[int, float]:
+def figures(trace: Simulation) -> Figures:
+    """Means over the steps after the warm-up; seconds, tokens, shares of 1."""
+    scenario, counts = trace.scenario, trace.counts
+    steps = trace.steps[scenario.warmup :]
+    used = np.array(steps[-1].usage)
+    if scenario.warmup:
+        used -= trace.steps[scenario.warmup - 1].usage
+    idle, held, slot_seconds, decoded = used.tolist()
+    seconds = steps[-1].end - steps[0].begun
+    worker_seconds = scenario.workers * seconds
+    tokens = sum(step.answer_tokens for step in steps)
     lags: defaultdict[int, float] = defaultdict(float)
-    for group in groups:
-        for sampled_by, tokens in group.tokens.items():
-            lags[version - sampled_by] += tokens
-    return lags
+    for step in steps:
+        for lag, count in step.lags.items():
+            lags[lag] += count
+    total = sum(lags.values())
+    return {
+        "step_s": seconds / len(steps),
+        "tokens_per_s": tokens / seconds,
+        "rollout_idle": idle / worker_seconds,
+        "slots_used": slot_seconds / worker_seconds / scenario.slots,
+        "learner_idle": sum(step.taken - step.begun for step in steps) / seconds,
+        "learner_busy": sum(step.trained - step.taken for step in steps) / seconds,
+        "sync_exposed_learner_s": sum(step.end - step.trained for step in steps) / len(steps),
+        "sync_exposed_rollout_s": held / scenario.workers / len(steps),
+        "staleness": {str(lag): lags[lag] / total for lag in sorted(lags)},
+        "staleness_mean": sum(lag * count for lag, count in lags.items()) / total,
+        "staleness_max": max(lags),
+        "evicted_groups": (counts.cut + counts.stale) / len(trace.steps),
+        "wasted_tokens": max(0.0, 1 - tokens / decoded),
+        "workers_lost": trace.lost,
+        "groups_reissued": counts.reissued,
+    }

@@ -30,10 +30,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "rl" / "plan"))
 from emberl.rl.plan.command import plan
-from emberl.rl.plan.figures import Figures, figures
-from emberl.rl.plan.scenario import Publication
-from emberl.rl.plan.settings import load_plan, make_scenario
-from emberl.rl.plan.simulator import simulate
+from emberl.rl.plan.settings import Publication, load_plan, make_scenario
+from emberl.rl.plan.simulator import Figures, figures, simulate
 from harness import Report, arguments
 from other_simulation import TOY, TOY_CASES, changed
 

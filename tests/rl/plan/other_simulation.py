@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from emberl.rl.plan.scenario import (
-    DecodeTable,
+from emberl.rl.plan.devices import DecodeTable
+from emberl.rl.plan.settings import (
     LognormalLengths,
     PlanSchedule,
     Publication,

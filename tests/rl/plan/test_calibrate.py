@@ -13,14 +13,13 @@ import pytest
 from emberl.rl.plan.calibrate import (
     calibrate,
     decoding,
-    learner_steps,
     learner_time,
     mean_running,
     nonnegative_least_squares,
+    read_recording,
     trace_lengths,
 )
 from emberl.rl.plan.command import plan
-from emberl.rl.plan.scenario import Floats
 from emberl.rl.watch.lengths import LENGTHS, SCHEMA
 from pyarrow import parquet
 
@@ -136,12 +135,12 @@ def test_speed_by_batch_and_what_an_answer_is_spared_are_told_apart() -> None:
                     "decode_s": seconds,
                 }
             ] * n
-    found = decoding(pa.Table.from_pylist(rows), workers=1, slots=8)
-    steps = found.table.rows(8)
+    table, offset, _ = decoding(pa.Table.from_pylist(rows), workers=1, slots=8)
+    steps = table.rows(8)
     assert [steps[n][0] for n in (1, 2, 4, 8)] == pytest.approx(
         [A + B, A + 2 * B, A + 4 * B, A + 8 * B]
     )
-    assert found.offset == pytest.approx(-0.1)
+    assert offset == pytest.approx(-0.1)
 
 
 def test_how_many_ran_meanwhile() -> None:
@@ -150,28 +149,32 @@ def test_how_many_ran_meanwhile() -> None:
 
 
 def test_the_learners_time_is_split_by_a_line_where_steps_differ_and_by_kind_where_not() -> None:
-    def row(step: int, tokens: int) -> dict[str, float]:
+    def row(tokens: int) -> dict[str, float]:
         busy = 1.5 + 0.01 * tokens
         return {
-            "step": step,
+            "prompt_length_sum": 10,
+            "response_length_sum": tokens - 10,
             "timing_s/step": 3 + busy,
             "timing_s/gen": 2,
             "timing_s/update_weights": 1,
             "timing_s/update_actor": busy - 0.5,
         }
 
-    def timed(sizes: dict[int, int]) -> Floats:
-        answers = pa.table(
-            {
-                "step": list(sizes),
-                "prompt_length": [10] * len(sizes),
-                "response_length": [tokens - 10 for tokens in sizes.values()],
-            }
-        )
-        return learner_steps([row(*pair) for pair in sizes.items()], answers)
+    assert learner_time([row(n) for n in (100, 200, 400)]) == pytest.approx((1.5, 0.01))
+    assert learner_time([row(200), row(200)]) == pytest.approx((0.5, 3.0 / 200))
 
-    assert learner_time(timed({1: 100, 2: 200, 3: 400})) == pytest.approx((1.5, 0.01))
-    assert learner_time(timed({1: 200, 2: 200})) == pytest.approx((0.5, 3.0 / 200))
+
+def test_a_steps_answers_are_summed_and_what_was_done_twice_counts_once(tmp_path: Path) -> None:
+    run = recording(tmp_path)
+    metrics = run / "metrics.jsonl"
+    again = json.loads(metrics.read_text().splitlines()[4]) | {"timing_s/gen": 7.5}
+    metrics.write_text(metrics.read_text() + json.dumps(again) + "\n")
+    steps, answers = read_recording(run)
+    assert [step["step"] for step in steps] == list(range(3, 13)) and answers.num_rows == 40
+    assert [step["timing_s/gen"] for step in steps[:4]] == [6.5, 6.5, 7.5, 6.5]
+    tokens = {step["prompt_length_sum"] + step["response_length_sum"] for step in steps}
+    assert tokens == {440}
+    assert (steps[0]["started_min"], steps[0]["ended_max"]) == (30.0, 36.0)
 
 
 def test_a_run_with_another_batch_tells_the_fixed_time(tmp_path: Path) -> None:
@@ -199,7 +202,8 @@ def test_weights_are_never_negative() -> None:
 def test_any_table_of_lengths_is_a_trace(tmp_path: Path) -> None:
     path = tmp_path / "lengths.parquet"
     parquet.write_table(pa.table({"response_length": [10, 30]}), path)
-    assert trace_lengths(path).mean == 20
+    [(_, first), (_, second)] = trace_lengths(path).groups
+    assert (first, second) == (10, 30)
     parquet.write_table(pa.table({"length": [10, 30]}), path)
     with pytest.raises(ValueError, match="no rows with a response_length; its columns are length"):
         trace_lengths(path)

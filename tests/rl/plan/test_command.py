@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from emberl.rl.cli import app
 from emberl.rl.config.load import ConfigError
+from emberl.rl.plan.command import PlanProgress, best_split
 from emberl.rl.plan.devices import DEVICES, MODELS, decode_table, most_slots
-from emberl.rl.plan.figures import best_split
-from emberl.rl.plan.progress import PlanProgress
 from emberl.rl.plan.settings import load_plan, make_scenario, publication
 from rich.console import Console
 from typer.testing import CliRunner

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emberl.rl.plan.figures import figures
-from emberl.rl.plan.scenario import (
-    DecodeTable,
+from emberl.rl.plan.devices import DecodeTable
+from emberl.rl.plan.settings import (
     Failures,
     LognormalLengths,
     PlanSchedule,
@@ -19,7 +18,7 @@ from emberl.rl.plan.scenario import (
     Scenario,
     TraceLengths,
 )
-from emberl.rl.plan.simulator import Simulation, simulate
+from emberl.rl.plan.simulator import Simulation, figures, simulate
 from emberl.rollout.schedule import Schedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,8 +69,8 @@ def test_too_few_slots_take_turns() -> None:
 
 
 def test_a_synchronous_step_waits_for_the_longest_answer_of_the_batch() -> None:
-    groups = (np.array([10.0, 20.0, 30.0, 170.0]),)
-    scenario = changed(BASE, lengths=TraceLengths(prompts=(5,), recorded=groups))
+    groups = np.array([10.0, 20.0, 30.0, 170.0])
+    scenario = changed(BASE, lengths=TraceLengths([(5, groups)]))
     tokens = 4 * (10 + 20 + 30 + 170 + 4 * 5)
     assert step_seconds(scenario) == pytest.approx(17 + 3 + 0.001 * tokens)
 
