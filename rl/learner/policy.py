@@ -104,6 +104,16 @@ def _round_up(size: int, multiple: int) -> int:
     return max(1, -(-size // multiple)) * multiple
 
 
+def _packed_width(used: int, device: torch.device) -> int:
+    """Tokens of a packed row that holds `used`: on accelerators a multiple of `PACKED`, on a CPU at
+    most a thirty-second more."""
+    if not platform.named(device.type).is_cpu:
+        return _round_up(used, PACKED)
+    # A CPU's products cost what their rows do, and filling is rows: of a pass of 900 tokens up to
+    # an eighth. A width of its own for every pass would cost a new kernel for each product.
+    return _round_up(used, max(8, 1 << max(0, used.bit_length() - 6)))
+
+
 def to_tensors(
     batch: Batch,
     sequences: tuple[int, ...],
@@ -124,7 +134,7 @@ def to_tensors(
         runs = sharing_sequences(batch, sequences) if share_prompts and sequences else ()
         own = _own_tokens(lengths, [(len(run.sequences), run.prompt) for run in runs])
         rows, used = _packed_rows(lengths, own)
-        height, width = 1, _round_up(used, PACKED)
+        height, width = 1, _packed_width(used, device)
     else:
         height, width = _round_up(len(spans), HEIGHT), _round_up(max(lengths), WIDTH)
         rows = [place * width + np.arange(n) for place, n in enumerate(lengths)]
