@@ -1,8 +1,8 @@
 """Element-wise parts of a transformer layer on a CPU, each in one pass over bfloat16 rows with
 float32 arithmetic.
 
-torch takes a pass, and a float32 copy, for every cast, product and sum of these. bfloat16 stands
-here as uint16.
+torch takes a pass, and a float32 copy, for every cast, product and sum of these. bfloat16 arrays
+are passed as uint16.
 
 What is compiled is kept between processes; see `kernels/compiled_loops.py`.
 Shape legend: T tokens, H features of a row, I features of the MLP, D features of a head, N
@@ -52,6 +52,7 @@ def add_norm(x, y, weight, eps, total, out, scales):
     for t in range(rows):
         squares = float32(0.0)
         for i in range(width):
+            # of the rounded sum, which is what backward has
             bits = narrow(widen(x[t, i]) + widen(y[t, i]))
             total[t, i] = bits
             v = widen(bits)
@@ -91,7 +92,8 @@ def gated(gate, up, out):
 
 @compiled
 def gated_backward(gate, up, dout, out, dgate, dup):
-    """The gradients, and the product once more."""
+    """The gradients `dgate` and `dup`; `out` receives silu(gate) * up once more, which is not kept
+    between the passes."""
     rows, width = gate.shape
     for t in range(rows):
         for i in range(width):
@@ -309,12 +311,14 @@ def add_rotated_back(total, cos, sin, first, out):
 
 
 TILE = 64
-"""Of a transposition, a multiple of `LANES`: what is read and written fits in the first cache."""
+"""Rows and columns of a transposition's tile, a multiple of `LANES`: the 8 KiB that are read and
+the 8 KiB that are written fit in the first-level cache."""
 
 
 @compiled
 def transpose(x, first, last, out):
-    """Columns first to last of 16-bit elements [T, H] into those rows of `out` [H, T]."""
+    """Transposes columns first..last-1 of x [T, H] (16-bit elements) into rows first..last-1 of
+    `out` [H, T]."""
     rows, width = x.shape
     whole_rows, whole_width = rows - rows % LANES, last - (last - first) % LANES
     for top in range(0, whole_rows, TILE):
