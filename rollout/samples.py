@@ -1,7 +1,6 @@
-"""The nouns `Prompt`, `Sampling` and `Completion`: what goes into an engine and what comes out of
-it.
+"""The inputs of an engine, `Prompt` and `Sampling`, and its output, `Completion`.
 
-Token ids are the truth from here to the learner: text is decoded once for the grader and never
+Only token ids travel from here to the learner: text is decoded once for the grader and never
 tokenised again.
 """
 
@@ -42,11 +41,12 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How tokens are drawn, in this order: repetition penalty, temperature, min-p, top-k, top-p.
+    """Sampling parameters, applied in this order: repetition penalty, temperature, min-p, top-k,
+    top-p.
 
-    Log-probs are of the distribution that is left after all of them, renormalised, so the one
-    really sampled. A learner, which knows the temperature alone, cannot take them for its old
-    policy where anything else is set.
+    Log-probs are of the renormalised distribution after all of them, the one that is sampled. A
+    learner applies the temperature alone, so with any other parameter set it cannot take them as
+    its old policy's.
     """
 
     max_tokens: int
@@ -87,10 +87,10 @@ the environment raised, was late, or returned something else than (observation, 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Episode:
-    """The turns of a completion, as its environment answered them."""
+    """The turns of a completion, and how its environment ended them."""
 
     turns: tuple[int, ...]
-    """Where each turn of the model begins among the completion's tokens."""
+    """Index of each turn's first token among the completion's tokens."""
     messages: tuple[Mapping[str, str], ...]
     """The conversation after the prompt, as text: the model's turns, and the observations between
     them."""
@@ -102,8 +102,7 @@ class Episode:
 
     @property
     def failed(self) -> bool:
-        """Whether it was the environment that failed: such an episode says nothing about the
-        policy."""
+        """Whether the environment failed, so that the episode says nothing about the policy."""
         return self.status in ("error", "timeout", "bad_reply")
 
 
@@ -179,7 +178,7 @@ class Completion:
 
     @property
     def last_turn(self) -> int:
-        """Where the model's last turn begins."""
+        """Index of the first token of the model's last turn."""
         return 0 if self.episode is None else self.episode.turns[-1]
 
     @property

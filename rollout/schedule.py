@@ -97,7 +97,7 @@ class Schedule(Generic[T]):
 
     @property
     def room(self) -> int:
-        """How many groups may be admitted now."""
+        """Number of groups that may be admitted now."""
         behind = self.groups_per_step * (self.version - self.served)
         return max(
             0, self.width - behind - len(self._started) - len(self._ready) - len(self._training)
@@ -105,7 +105,7 @@ class Schedule(Generic[T]):
 
     @property
     def open(self) -> list[int]:
-        """Groups that were admitted and have not been taken."""
+        """Numbers of the groups that were admitted and not taken yet, ascending."""
         return sorted([*self._started, *self._ready])
 
     def admit(self, number: int) -> None:
@@ -124,7 +124,8 @@ class Schedule(Generic[T]):
             self.counts.issued += 1
 
     def finish(self, number: int, group: T, oldest_version: int) -> None:
-        """The group is there; one that was thrown away meanwhile stays so."""
+        """Records a finished group as ready, or as stale if it is past its deadline; ignores one
+        that was thrown away meanwhile."""
         if number not in self._started:
             return
         del self._started[number]
@@ -135,7 +136,7 @@ class Schedule(Generic[T]):
             self._ready[number] = (oldest_version, group)
 
     def drop(self, number: int) -> None:
-        """A ready group that will not train makes room for another."""
+        """Removes a ready group that will not train."""
         if self._ready.pop(number, None) is not None:
             self.counts.dropped += 1
 
@@ -261,10 +262,10 @@ class Dispatch(Generic[J]):
         return shares
 
     def release(self, worker: int, job: J) -> None:
-        """The worker has it no longer."""
+        """Takes a group from its worker."""
         del self.jobs[worker][job]
         self._samples[worker] -= job.samples
-        # not what rounding leaves of it: a tie must be one
+        # exactly 0 without jobs: what rounding leaves would decide between idle workers
         self._load[worker] = self._load[worker] - job.cost if self.jobs[worker] else 0.0
         self._changed(worker)
 
