@@ -1,5 +1,5 @@
-"""A sharded model with its optimizer and learning-rate schedule: what is updated, saved and
-restored as one."""
+"""A sharded model with its optimizer and learning-rate schedule, updated, saved and restored as
+one."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def shard(
             offload_policy=where,
             reshard_after_forward=not keep,
         )
+        # summed, not averaged: a token's weight holds the denominator of the whole step
         sharded.set_gradient_divide_factor(1.0)
+        # FSDP2 would otherwise ask for PREMUL_SUM, which Gloo does not have
         sharded.set_force_sum_reduction_for_comms(True)
 
 
@@ -79,8 +81,9 @@ class Trainable:
         self.scheduler = learning_rate(self.optimizer, optim, max(1, total_steps))
 
     def update(self, name: str) -> dict[str, float]:
-        """One optimizer step with the gradients at hand; its figures under `name`/. A gradient that
-        is not finite changes nothing and is counted: one bad batch must not destroy the weights."""
+        """One optimizer step with the accumulated gradients; returns its metrics under `name`/. A
+        gradient that is not finite changes nothing and is counted: one bad batch must not destroy
+        the weights."""
         norm = self.shards.take_gradients(self.optim.grad_clip)
         if math.isfinite(norm):
             self.optimizer.step()
@@ -96,12 +99,13 @@ class Trainable:
         }
 
     def skip(self, updates: int) -> None:
-        """Moves the learning-rate schedule on by updates that there was nothing to learn for."""
+        """Advances the learning-rate schedule by updates without a batch to train on."""
         for _ in range(updates):
             self.scheduler.step()
 
     def aside(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A copy of what `restore` reads: this rank's shards, and the schedule's position."""
+        """A copy of the state that `restore` reads: this rank's shards, and the schedule's
+        position."""
         state = checkpoint.aside(checkpoint.state_of(self.shards, self.optimizer))
         return state, checkpoint.position_of(self.shards, self.optimizer, self.scheduler)
 
