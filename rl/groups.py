@@ -1,5 +1,5 @@
-"""The nouns `Group` and `Batch`: a prompt's G graded completions, and the flat tokens that a
-learner trains on.
+"""`Group`, a prompt with its G graded completions, and `Batch`, the flat tokens that a learner
+trains on.
 
 Shape legend: G completions of a group, T tokens of a batch, S sequences of a batch.
 """
@@ -39,7 +39,7 @@ class Group:
 
     @property
     def scores(self) -> NDArray[np.float64]:
-        """[G] with NaN for a completion that has no verdict."""
+        """Scores [G], NaN for a completion without a verdict."""
         return np.array(
             [np.nan if v.score is None else v.score for v in self.verdicts], dtype=np.float64
         )
@@ -78,29 +78,29 @@ class Batch:
     num_loss_tokens: int
     """Loss tokens of the whole step, over all ranks and micro-batches."""
     share: float = 1.0
-    """How much of what the weights' denominators count is here: less than 1 where sequences without
-    a gradient were left out of the passes."""
+    """Share of the tokens or sequences counted in the weights' denominators that this batch has:
+    below 1 if sequences without a gradient were left out of the passes."""
     correct_T: Bools | None = None
     """Whether the token's completion was marked correct."""
     worker_ids_T: Ints | None = None
-    """Which rollout worker decoded the token's sequence; None: there is only one."""
+    """Number of the rollout worker that decoded the token's sequence; None: there is only one."""
     old_logp_T: Floats | None = None
-    """Under the policy as it stood before the step's first update; None: not recomputed yet."""
+    """Log-probs under the policy before the step's first update; None: not recomputed yet."""
     reference_logp_T: Floats | None = None
-    """Under the frozen reference policy, where there is one."""
+    """Log-probs under the frozen reference policy; None without one."""
     teacher_ids_T: Ints | None = None
-    """With distillation: which teacher the token's sequence has, -1 for none."""
+    """With distillation: index of the sequence's teacher, -1 for none."""
     teacher_logp_T: Floats | None = None
-    """Under that teacher, where it is asked about sampled tokens; 0 where there is none."""
+    """Log-probs under that teacher, if it scores sampled tokens; 0 where there is none."""
     values_T: Floats | None = None
-    """The critic's estimate before each loss token, where there is one."""
+    """The critic's estimate before each loss token; None without a critic."""
     returns_T: Floats | None = None
-    """The critic's targets; without a critic the return to go, where rewards are of tokens."""
+    """The critic's targets; without a critic the return to go, with rewards per token."""
     rewards_T: Floats | None = None
-    """The reward of each token, KL penalty included, where rewards are of tokens."""
+    """The reward of each token, KL penalty included; None without rewards per token."""
     kl_T: Floats | None = None
-    """The estimate of KL(policy || reference) that the reward of each token was lowered by (times
-    kl.coef)."""
+    """Estimates of KL(policy || reference) that, times kl.coef, were subtracted from the tokens'
+    rewards."""
 
     def __post_init__(self) -> None:
         lengths = {name: len(array) for name, array in self._arrays()}
