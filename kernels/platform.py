@@ -44,7 +44,7 @@ class Platform:
     """The weight-transfer engine by which vLLM's processes receive weights over the devices'
     fabric; ours on a CPU."""
     weight_transfer_later: str = ""
-    """The same, as later versions of the device's plugin for vLLM call it."""
+    """Its name in later versions of the device's plugin for vLLM."""
     flash_built_in: bool = False
     """Whether transformers' flash_attention_2 needs no package of its own: on NPUs it is the fused
     attention of torch_npu."""

@@ -18,8 +18,7 @@ from .config.load import Config, ConfigError, resolve, shown_tree
 
 CHECKPOINTS, PROGRESS = "checkpoints", "progress.json"
 SETTINGS = "settings.json"
-"""The run's configuration, in each checkpoint; named apart from the model's own config.json beside
-it."""
+"""The run's configuration, in each checkpoint besides the model's own config.json."""
 EVALUATED = "evaluation.json"
 """The results of an evaluation that was still running when its checkpoint was written."""
 REMOVED = ".removed-"
@@ -244,7 +243,7 @@ def finish_checkpoint(
     folder.rename(final)
     if earlier is not None:
         shutil.rmtree(earlier, ignore_errors=True)
-    _to_disk(final.parent)
+    _to_disk(final.parent)  # or a loss of power might undo the rename
     done = sorted(
         (p for p in final.parent.glob("[!.]*") if broken(p) is None),
         key=lambda p: (p / PROGRESS).stat().st_mtime,

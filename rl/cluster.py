@@ -81,6 +81,7 @@ class Cluster:
             check_capacity(self.placement, {"CPU": platform.local_cpus()}, "this machine")
 
     def __enter__(self) -> Cluster:
+        # earlier versions of Ray hide all devices from a process that reserves none
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
         if not ray.is_initialized():

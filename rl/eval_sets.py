@@ -27,7 +27,8 @@ class EvalSet:
     """A set of problems, with the sampling and the grading of answers to them."""
 
     name: str
-    """As in `val-core/{name}/acc/mean@N`; `HELD_OUT` for the problems that `data` holds out."""
+    """Name in metrics, e.g. `val-core/{name}/acc/mean@N`; `HELD_OUT` for the problems that `data`
+    holds out."""
     prompts: Sequence[Prompt]
     samples: int
     """Answers to each problem."""

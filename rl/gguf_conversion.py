@@ -141,7 +141,7 @@ def convert(file: Path, folder: Path, dtype: str = "float32") -> str:
         _save_model(file, header, draft, dtype)
         if not (folder / "config.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            draft.chmod(0o755)
+            draft.chmod(0o755)  # mkdtemp lets nobody else read it
             draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -104,7 +104,7 @@ def check_capacity(placement: Placement, available: dict[str, float], where: str
     """Raises `ConfigError` if the placement needs more than `available`."""
     for name, wanted in placement.total().items():
         have = available.get(name, 0.0)
-        if wanted > have + 1e-9:
+        if wanted > have + 1e-9:  # fractions of CPUs and devices add up with rounding
             other = (
                 "cluster.cpus_per_learner and cluster.cpus_per_rollout"
                 if name == "CPU"

@@ -22,7 +22,7 @@ class Problems:
     """The problems of a run, and the rewards for answers to them."""
 
     config: Config
-    """With the numbers of steps that follow from the size of the data."""
+    """The configuration, with the numbers of steps that follow from the size of the data."""
     tokenizer: Any
     source: PromptSource
     suite: RewardSuite

@@ -94,6 +94,7 @@ class Run:
             **rollout.cuts,
             stop_token_ids=self.stop_token_ids,
             stop=rollout.stop,
+            # distinct for every (seed, step), up to a million steps
             seed=self.config.seed * 1_000_003 + step,
         )
 

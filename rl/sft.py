@@ -105,6 +105,7 @@ def with_sft_steps(config: Config, rows: int | None) -> Config:
     sft = config.sft
     if sft.epochs is None or rows is None:
         return config
+    # a little less, or the rounding of a product that should be whole would add a step
     steps = max(1, math.ceil(sft.epochs * rows / sft.batch_size - 1e-9))
     return config.model_copy(update={"sft": sft.model_copy(update={"steps": steps})})
 

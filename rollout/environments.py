@@ -54,7 +54,7 @@ class Environment:
     without an environment."""
 
     role = "user"
-    """Of the observations in the chat template; `tool` where the template knows that."""
+    """Role of the observations in the chat template; `tool` if the template has it."""
 
     def reset(self, prompt: Prompt) -> None:
         """Called once, before the first `step`; the prompt has the row's `answer`, `messages` and

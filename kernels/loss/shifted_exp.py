@@ -49,7 +49,7 @@ class Job:
     passes: Passes
     entropy: bool
     tile: torch.dtype
-    """Of E and of the operands of the products (`head.product_dtype`)."""
+    """The dtype of E and of the operands of the products (`head.product_dtype`)."""
 
     def rows(self, index: Tensor) -> Tensor:
         """Hidden states [n, H] as the products take them."""

@@ -109,8 +109,8 @@ def gated_backward(gate, up, dout, out, dgate, dup):
 
 @compiled
 def rotate(x, cos, sin, rows, out):
-    """Rotary embedding of x [T, heads * D] by the token's angles [T, D / 2], into `out` [N, heads,
-    L, D]: of the rows [N, L] of x, zeros where a row is below 0."""
+    """out [N, heads, L, D] = the rotary embedding, by `cos` and `sin` [T, D / 2], of the rows of x
+    [T, heads * D] that have the indices `rows` [N, L]; zeros where an index is below 0."""
     count, heads, length, width = out.shape
     half = width // 2
     for n in range(count):
@@ -161,8 +161,8 @@ def rotate_back(x, before, cos, sin, rows, out):
 
 @compiled
 def gather_heads(x, rows, block):
-    """Those rows [N, L] of x [T, heads * D] as `block` [N, heads, L, D], zeros where a row is below
-    0."""
+    """Copies the rows with indices `rows` [N, L] of x [T, heads * D] to `block` [N, heads, L, D];
+    zeros where an index is below 0."""
     count, heads, length, width = block.shape
     for n in range(count):
         for h in range(heads):
@@ -197,8 +197,9 @@ def scatter_heads(block, before, rows, out):
 
 @compiled
 def products_of_rows(block, out, rows, deltas):
-    """The sum over each head's features of `block` [N, heads, L, D] times those rows [N, L] of
-    `out` [T, heads * D], as `deltas` [N, heads, L]; zeros where a row is below 0."""
+    """deltas [N, heads, L] = the dot products, over each head's features, of `block` [N, heads, L,
+    D] with the rows of `out` [T, heads * D] that have the indices `rows` [N, L]; zero where an
+    index is below 0."""
     count, heads, length, width = block.shape
     for n in range(count):
         for h in range(heads):

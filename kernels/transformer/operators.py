@@ -190,10 +190,10 @@ def _groups(spans: tuple[Span, ...], heads: int) -> tuple[_Alike, ...]:
 
 
 class _Attention(torch.autograd.Function):
-    """Short sequences go through together: a call of an operator costs more than what it computes
-    for one of them. Each sequence's queries lie as a block [heads, L, D], so that the heads of a
-    group are rows of one product with the keys that they share. Scores are formed anew in
-    backward, in room for one group of sequences of each thread."""
+    """Causal attention, with short sequences batched: calling an operator costs more than it
+    computes for one of them. Each sequence's queries are a block [heads, L, D], so that the query
+    heads that share keys are rows of one product. Backward forms the scores anew, for one group of
+    sequences per thread at a time."""
 
     @staticmethod
     def forward(

@@ -42,7 +42,7 @@ class ModelFlops:
 
     @classmethod
     def of(cls, config: Any) -> ModelFlops:
-        """From a transformers configuration.
+        """The sizes in a transformers configuration.
 
         Raises:
             ValueError: an architecture that this does not count, such as a mixture of experts or

@@ -53,10 +53,10 @@ class MicroBatchTensors:
     then those of the sequences with their prompts repeated, as attention sees them."""
 
     def layout(self) -> dict[str, Any]:
-        """Arguments of the model's body beside the token ids. transformers makes a block-diagonal
+        """Arguments of the model's body besides the token ids. transformers makes a block-diagonal
         mask of the positions for eager, sdpa and flex attention; its variable-length kernels take
-        the borders, which they would otherwise work out anew in every layer, each time waiting for
-        the device."""
+        the borders, which they would otherwise compute in every layer, each time waiting for the
+        device."""
         if self.positions_BL is None:
             return {}
         ends = {} if self.ends is None else {"ends": self.ends}

@@ -29,11 +29,11 @@ def shard(
     offload: bool = False,
     keep: bool = False,
 ) -> None:
-    """Shards `parts`, then what is left of `module`, by FSDP2. Each part is moved to the device and
-    turned into `master` before its turn, so that no device ever holds the whole. Passes gather
-    parameters in `compute`, gradients are summed over ranks in `master`. With `offload` the shards
-    lie in host memory between passes; with `keep` what a pass gathered stays until it is resharded
-    (`set_reshard_after_backward`, `reshard`)."""
+    """Shards `parts`, then the rest of `module`, by FSDP2. Each part is moved to the device and
+    cast to `master` just before it is sharded, so that no device ever holds the whole. Passes
+    gather parameters in `compute`, gradients are summed over ranks in `master`. With `offload` the
+    shards are in host memory between passes; with `keep` gathered parameters stay until they are
+    resharded (`set_reshard_after_backward`, `reshard`)."""
     from torch.distributed.fsdp import (
         CPUOffloadPolicy,
         MixedPrecisionPolicy,
