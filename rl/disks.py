@@ -78,7 +78,7 @@ class Disks:
 
     @property
     def shared(self) -> bool:
-        """Whether every node sees what the driver writes."""
+        """Whether every node sees the files that the driver writes."""
         return not self._apart
 
     def push(self, folder: Path, *, nested: bool = True) -> None:

@@ -129,7 +129,7 @@ class GroupFeed:
         evaluation = self._run.evaluation
         evaluating = evaluation is not None and not evaluation.done()
         if evaluation is not None and evaluating:
-            waiting.add(evaluation)  # what it asks for has deadlines of its own
+            waiting.add(evaluation)  # its own requests have deadlines
         graded = self._run.suite.finished
         done, _ = await asyncio.wait(waiting, timeout=self._patience, return_when="FIRST_COMPLETED")
         changed.cancel()

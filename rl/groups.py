@@ -81,7 +81,7 @@ class Batch:
     """Share of the tokens or sequences counted in the weights' denominators that this batch has:
     below 1 if sequences without a gradient were left out of the passes."""
     correct_T: Bools | None = None
-    """Whether the token's completion was marked correct."""
+    """Whether the token's completion was graded as correct."""
     worker_ids_T: Ints | None = None
     """Number of the rollout worker that decoded the token's sequence; None: there is only one."""
     old_logp_T: Floats | None = None

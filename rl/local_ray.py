@@ -106,7 +106,7 @@ class Watch:
                     f"Ray's {dead[0]} was killed or has failed, and with it the cluster that was"
                     " started here; start it again to go on (a run with --resume auto)"
                 )
-                # what is left of it would wait as long; actors end with the raylet
+                # Ray's other processes would wait for a minute, too; actors end with the raylet
                 node.kill_all_processes(check_alive=False, allow_graceful=False)
                 os._exit(FAILED)  # an exception would not reach threads that wait for Ray
 

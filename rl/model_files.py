@@ -283,7 +283,7 @@ def _hub_config(key: str, path: str) -> Any:
     look_up()
     try:
         return AutoConfig.from_pretrained(path)
-    # what transformers raises for a missing model, and for a broken one
+    # transformers raises the first for a missing model, the second for a broken one
     except (OSError, ValueError) as error:
         raise _not_a_model(key, path, error) from error
 

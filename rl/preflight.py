@@ -232,7 +232,7 @@ def _refusals(suite: RewardSuite, inputs: Sequence[RewardInput]) -> list[str | N
     but not run."""
     refusals: list[str | None] = [None] * len(inputs)
     for part in suite.parts:
-        if isinstance(part.reward, BySource):  # which runs what its code rows have of solutions
+        if isinstance(part.reward, BySource):  # which may run the solutions of its code rows
             messages = part.reward.check_references(inputs[:_RUN])
         else:
             messages = [part.reward.check_reference(row) for row in inputs]

@@ -244,7 +244,7 @@ class Run:
     async def rescue(self, error: Exception) -> None:
         """Saves the learners' weights after an error that ends the run, or this attempt, if they
         are the state after some step that is not on the disk yet."""
-        with suppress(OSError, ActorLostError):  # it was said, or the learners are what is lost
+        with suppress(OSError, ActorLostError):  # reported already, or the cause of `error`
             await self.saved()
         held, newest = self.held, latest_checkpoint(self.run_dir)
         if isinstance(error, LearnersLostError | CallFailedError | OSError) or held is None:
@@ -260,7 +260,7 @@ class Run:
                 accuracy_end=reached.accuracy_end,
             )
             await self.save(needed=True)
-        except Exception as failure:  # the first error is what the run ends by
+        except Exception as failure:  # the run is to end by the first error
             self.tracker.note(f"the step before could not be saved: {failure}")
             return
         self.tracker.note(f"saved {self.config.stages[held.stage]} step {held.step}")

@@ -190,7 +190,7 @@ async def _from_peer(
             there, version = await call(
                 peer.offer.remote(), who="a peer", what="offer", timeout=timeout / 4
             )
-        except ActorLostError:  # it may be what is lost next; the learners' own anchor remains
+        except ActorLostError:  # no reason to fail: the learners' own anchor remains
             continue
         if there == node and 0 <= version <= notice.version:
             place = ObjectStoreSource(reference=peer.export.remote())

@@ -40,9 +40,9 @@ class Engine(Protocol):
 
     @property
     def held(self) -> Weights | None:
-        """The served weights as the engine's own bytes: to be read only, and only what changes from
-        the next version on is written over. None before the first patch, and while what is loaded
-        was not proved."""
+        """The served weights as the engine's own bytes, read-only for the caller; the next version
+        overwrites only what it changes. None before the first patch, and while the loaded weights
+        are not verified."""
         ...
 
     @property
@@ -89,8 +89,8 @@ class Engine(Protocol):
         ...
 
     async def probe(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """[T] tokens -> [T-1] log-probs of all but the first, by the weights that are served,
-        without a temperature.
+        """Log-probs [T-1] of all tokens [T] but the first by the served weights, without a
+        temperature.
 
         An end-to-end proof that digests cannot give: an engine that goes on multiplying by a packed
         copy of old weights holds the right bytes.
@@ -98,9 +98,9 @@ class Engine(Protocol):
         ...
 
     async def canary(self, canary: Canary | None) -> None:
-        """Changes what it serves to this canary of it, or, None, back: by the way that updates
-        take, proved by digest, under the same version, and with nothing else under way.
-        DigestMismatchError where it cannot be taken back: then it serves nothing until a whole
+        """Loads this canary of the served weights, or with None takes it back, by the same path as
+        updates, verified by digest, under the same version, while nothing else runs. Raises
+        DigestMismatchError if it cannot be taken back; the engine then serves nothing until a whole
         patch comes."""
         ...
 
@@ -149,7 +149,7 @@ class WorkerSpec:
     """As in `schedule.in_flight`."""
     engine: str = "embedded"
     engine_args: Mapping[str, Any] = field(default_factory=dict)
-    """vLLM's own, by its names; or what a user's engine makes of them."""
+    """vLLM's own arguments by name, or those of a user's engine."""
     token_rate: float | None = None
     """As in `rollout.token_rate`."""
     max_restarts: int = 0

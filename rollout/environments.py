@@ -41,8 +41,8 @@ from .samples import (
 )
 
 Step = tuple[str, float | None, bool]
-"""(observation, reward, done): what the environment says next, what the turn was worth (None:
-nothing yet), and whether the episode is over, in which case nobody reads the observation."""
+"""(observation, reward, done): the environment's next message, the reward of the turn (None: none
+yet), and whether the episode is over, in which case the observation is ignored."""
 
 AT_ONCE = 16
 """Steps that run at the same time; as many that are late and still run are the end of stepping,
@@ -61,8 +61,8 @@ class Environment:
         `columns`."""
 
     def step(self, text: str) -> Step:
-        """Takes what the model said in this turn, end token left out. The last turn of an episode
-        is stepped, too, also where it was cut at the most tokens."""
+        """Answers the model's text of this turn, without its end token. Called for every turn, also
+        for the last one and for one that reached the length limit."""
         return "", None, True
 
 

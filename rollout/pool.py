@@ -273,7 +273,7 @@ class RolloutPool(Crew):
     async def _end(self, worker: Any, jobs: dict[str, Job]) -> None:
         try:
             ended = await asyncio.wait_for(worker.cut.remote(list(jobs)), self._sync_timeout)
-        except LOST:  # whoever waits for its other groups finds that out
+        except LOST:  # found, and answered, by `_serve`, which waits for its other groups
             return
         for parts in ended:
             job = jobs[parts[0].prompt_id]

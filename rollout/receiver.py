@@ -153,7 +153,7 @@ class Receiver:
             start = time.perf_counter()
             try:
                 served = await self._apply(patch)
-            except DigestMismatchError:  # what the engine held is damaged: everything anew, once
+            except DigestMismatchError:  # the engine's weights are damaged: load all of them, once
                 anew = await asyncio.to_thread(self._anew, ready.update)
                 self._report.digest_failures += 1
                 served = await self._apply(anew)

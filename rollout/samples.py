@@ -33,8 +33,8 @@ class Prompt:
     messages: tuple[Mapping[str, str], ...] = ()
     """The conversation before the chat template, each `{"role": ..., "content": ...}`."""
     prefix: str = ""
-    """The beginning of the answer, where the prompt has it already: its last tokens. Verifiers read
-    it before what was sampled."""
+    """The beginning of the answer that the prompt's last tokens already contain. Verifiers read it
+    before the sampled text."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Every other column of the data row, handed to reward functions by name."""
 
@@ -67,8 +67,8 @@ class Sampling:
     """The token that completes one of these texts ends a completion and is its last. Only sampled
     tokens count."""
     seed: int = 0
-    """With the prompt's id and the sample's index it fixes every draw, whatever else shares the
-    batch."""
+    """Fixes every draw, together with the prompt's id and the sample's index, whatever else is in
+    the batch."""
 
 
 class Span(NamedTuple):
@@ -131,7 +131,7 @@ class Completion:
     """[T] whether the token was drawn from the policy, and so trains; None: all were. Others are an
     environment's words."""
     episode: Episode | None = None
-    """Its turns, where there is an environment."""
+    """Its turns; None without an environment."""
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
@@ -183,7 +183,7 @@ class Completion:
 
     @property
     def oldest_version(self) -> int:
-        """The version of the stalest token (of the newest weights where there is no token)."""
+        """The oldest version among the tokens'; 0 without tokens."""
         return min((span.version for span in self.spans), default=0)
 
 

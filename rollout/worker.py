@@ -66,7 +66,7 @@ class RolloutWorker:
             yield groups
 
     async def cut(self, prompt_ids: Collection[str]) -> list[tuple[Completion, ...]]:
-        """Ends these groups; returns what they had."""
+        """Ends these groups; returns their partial samples."""
         return await self.service.cut(prompt_ids)
 
     async def reset(self) -> None:
@@ -120,7 +120,7 @@ class RolloutWorker:
         await self.engine.sleep(level)
 
     async def wake(self) -> None:
-        """Serves again what it served."""
+        """Serves again what it served before `sleep`."""
         await self.engine.wake()
 
     async def digests(self) -> dict[str, str]:
@@ -246,8 +246,8 @@ class GroupService:
                     self._quiet.notify_all()
 
     async def apply(self, patch: WeightPatch) -> int:
-        """The version served from now on; raises if a single byte differs from what the learners
-        hold."""
+        """Applies a patch by the rule of `in_flight`; returns the version served from now on. Raises
+        as `Engine.apply` does."""
         if self._in_flight == "update":
             return await self.engine.apply(patch)
         async with self._alone(park=self._in_flight == "park"):

@@ -1,6 +1,6 @@
-"""Differentiable parts of a transformer layer on a CPU in bfloat16, which keep for the backward
-pass only what cannot be formed anew from the operands: no float32 copies, no scores, no product of
-a gate.
+"""Differentiable parts of a transformer layer on a CPU in bfloat16, which save for the backward
+pass only what cannot be recomputed from the operands: no float32 copies, no scores, no product of a
+gate.
 
 Shape legend: T tokens of a pass, sequences one behind the other; H, I features; D features of a
 head; N sequences of at most L tokens; heads query heads, kv heads of keys and values.

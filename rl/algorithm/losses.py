@@ -1,4 +1,4 @@
-"""From resolved settings and a batch to the `TokenLoss` of a step.
+"""The `TokenLoss` of a step, made of resolved settings and a batch.
 
 A loss is a sum of parts per token: the policy gradient, cross entropy, the KL to a named model, the
 entropy bonus. Supervised learning is cross entropy alone, RL a policy gradient and what its
@@ -169,7 +169,7 @@ def token_loss(
         )
         shown = mask & batch.correct_T
         rows["imitation"] = objective.loss.nll_coef * shown / max(1, int(shown.sum()))
-    # what is masked may hold anything
+    # masked tokens may have any value, NaN included, and 0 * NaN would spread
     rows = {name: np.where(trains, row, 0.0) for name, row in rows.items()}
     rows["length"] = (
         np.maximum(np.bincount(ids, weights=mask), 1.0)[ids] if len(ids) else np.zeros(0)

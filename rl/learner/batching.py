@@ -1,12 +1,12 @@
-"""Micro-batches: which sequences go through a learner rank together.
+"""Micro-batches: the division of a batch's sequences into the passes of each learner rank.
 
-Padded passes: sequences are sorted by length and cut so that the padded size of every micro-batch
-stays within a token budget, then dealt so that each rank runs the same number of passes (with
-sharded parameters every pass is a collective) and the largest pass is as small as that number
-allows. Packed passes have no padding to avoid, so sequences are spread over all passes of all ranks
-by Karmarkar and Karp's differencing method, on what each of them costs.
+Padded passes: sequences are sorted by length and divided so that the padded size of every
+micro-batch stays within a token budget, each rank runs the same number of passes (with sharded
+parameters every pass is a collective), and the largest pass is as small as that number allows.
+Packed passes have no padding to avoid, so sequences are balanced over all passes of all ranks by
+their costs, with Karmarkar and Karp's differencing method.
 
-Loss and gradient do not depend on any of this, since every token's weight was fixed over the whole
+Loss and gradient do not depend on the division, since every token's weight was fixed over the whole
 step beforehand.
 """
 

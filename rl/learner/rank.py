@@ -140,7 +140,7 @@ class LearnerRank:
         loss, metrics = self.backward(batch, objective)
         metrics |= self._mismatch.take()  # before the update: the policy is still the old one
         metrics |= {"actor/loss": loss, **self.actor.update("actor")}
-        if self.platform.is_cpu:  # what passes freed is as much again as what stays
+        if self.platform.is_cpu:  # passes free as much memory as remains in use
             platform.give_back_memory()
         seconds = time.perf_counter() - start
         metrics |= self._speed(batch, seconds)

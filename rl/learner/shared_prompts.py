@@ -1,12 +1,12 @@
 """The prompt that a group's answers have in common, computed once in a learner's pass instead of
 once for each answer (as Prefix Grouper, arXiv 2506.05433, but by its layout alone).
 
-A packed row holds a prompt once and its answers behind it. What works on tokens one by one
-(projections, norms, MLPs) sees every row once. Attention sees whole sequences: queries, keys and
-values are laid out with a copy of the prompt before each answer, and of what comes out the prompt's
-first copy goes on. So every attention over packed sequences will do, and a prompt's gradient is the
-sum over its copies, as without sharing. The learner's own attention on a CPU makes no copies: it
-reads prompts where they stand (`SharedRows.spans`).
+A packed row has a prompt once, followed by its answers. Token-wise operations (projections, norms,
+MLPs) compute every row once. Attention gets whole sequences: queries, keys and values are expanded
+with a copy of the prompt before each answer, and of its output only the prompt's first copy is
+kept. So any attention over packed sequences works, and a prompt's gradient is the sum over its
+copies, as without sharing. The learner's own attention on a CPU makes no copies: it reads each
+prompt's rows directly (`SharedRows.spans`).
 
 Shape legend: S sequences of a batch, R rows of the packed row, E tokens of the sequences laid out
 one behind the other, filling included.
@@ -222,7 +222,7 @@ def _spread(rows: Tensor, shared: SharedRows) -> Tensor:
 
 
 def share_in_attention(name: str) -> None:
-    """Makes the function behind this `attn_implementation` of transformers accept the keyword
+    """Makes the function of this `attn_implementation` of transformers accept the keyword
     `shared`; calls without it are unchanged."""
     from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -294,7 +294,7 @@ class EmbeddedEngine:
             await asyncio.gather(self._driver, return_exceptions=True)
         self._thread.shutdown(wait=False)  # a burst in progress ends at its next token boundary
 
-    # Below, what touches the batch runs in the compute thread, in its turn.
+    # Below, every access to the batch runs in the compute thread, while `_turn` is held.
 
     async def _drive(self) -> None:
         """Runs bursts until nothing is left; an error ends every stream with it."""

@@ -23,7 +23,7 @@ class Matrix:
         self.bias = bias
         self._packed: Tensor | None = None
         self._version = -1
-        self._told: bool | None = None  # whether the copy lies as its layout says
+        self._told: bool | None = None  # whether the copy has the layout of `onednn.layout`
         self._packs = weight.device.type == "cpu" and packable(weight.dtype)
 
     def pack(self) -> None:

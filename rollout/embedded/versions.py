@@ -112,7 +112,7 @@ class ServedVersion:
         back = canary is None
         self._check_in_place(self.version)
         try:
-            # which compares copies that nobody has looked at yet with what they are of
+            # also compares packed copies with the weights, if that was not done yet
             written = [] if back else self._written_in_place(change)
             for name in self._decoder.weights.keys() - set(written):
                 before = self._decoder.tensor_bytes(name)
