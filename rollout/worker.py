@@ -246,8 +246,8 @@ class GroupService:
                     self._quiet.notify_all()
 
     async def apply(self, patch: WeightPatch) -> int:
-        """Applies a patch by the rule of `in_flight`; returns the version served from now on. Raises
-        as `Engine.apply` does."""
+        """Applies a patch by the rule of `in_flight`; returns the version served from now on.
+        Raises the errors of `Engine.apply`."""
         if self._in_flight == "update":
             return await self.engine.apply(patch)
         async with self._alone(park=self._in_flight == "park"):
