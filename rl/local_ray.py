@@ -46,8 +46,8 @@ def before_start() -> None:
 @contextmanager
 def needed_alone() -> Iterator[None]:
     """A context in which Ray starts a cluster without autoscaler, log monitor and dashboard server.
-    It has no option for that; nothing here uses them, and on two cores they take a tenth of a
-    start, which waits for one of them."""
+    Ray starts them whether or not they are asked for; nothing here uses them, and on two cores they
+    take a tenth of a start, which waits for one of them."""
     from ray._private.node import Node
 
     node: Any = Node
