@@ -1,5 +1,5 @@
-"""What Ascend NPUs alone have: the environment of a process that uses one, what differs between
-their generations, and the fused operators of torch-npu. Loads no torch when imported."""
+"""Everything specific to Ascend NPUs: environment variables of processes that use one, the hardware
+generations, and torch-npu's fused operators. Loads no torch when imported."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ SAME_OF_LCCL = "LCCL_DETERMINISTIC"
 
 
 def environment(role: str, given: Mapping[str, str]) -> dict[str, str]:
-    """What to add to `given` for a process of this role, and the switches, which other nodes do not
-    know."""
+    """Environment variables for a process of this role: those of `ENVIRONMENT` that `given` lacks,
+    and the switches that `given` has, which processes on other nodes would not inherit."""
     own = {name: given[name] for name in (SWITCH, DETERMINISTIC, SAME_OF_LCCL) if name in given}
     if given.get(DETERMINISTIC, "").lower() in ("true", "strict"):
         own.setdefault(SAME_OF_LCCL, "1")
@@ -104,8 +104,10 @@ def environment(role: str, given: Mapping[str, str]) -> dict[str, str]:
 
 
 def additional_config(has_rl_config: bool, sleeps: bool) -> dict[str, Any]:
-    """What vllm-ascend's `additional_config` must have for an engine whose weights change.
-    has_rl_config: of 0.27.1 and later. sleeps: whether it leaves its memory to learners."""
+    """Entries of vllm-ascend's `additional_config` that an engine with changing weights needs.
+
+    has_rl_config: vllm-ascend is 0.27.1 or later. sleeps: the engine frees its memory for learners.
+    """
     if has_rl_config:
         return {"rl_config": {"enabled": True, "sleep_mode_extra_cleanup": sleeps}}
     return {"weight_nz_mode": 0}
@@ -143,7 +145,7 @@ def describe(given: Mapping[str, str]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
-    """What differs between the kinds of boxes."""
+    """One generation of Ascend servers."""
 
     name: str
     sold_as: str
@@ -152,7 +154,7 @@ class Generation:
     image: str
     """Ending of vllm-ascend's image tags."""
     soc: str
-    """How torch's device names begin."""
+    """Prefix of torch's device names."""
     link: float
     """Bytes a second one way between two cards of a box. A2: one of seven HCCS links of 56 GB/s
     both ways; A3: a die's share of its package's (arXiv 2506.12708). Neither was measured by us."""
@@ -164,7 +166,7 @@ GENERATIONS = (A2, A3)
 
 
 def generation_of(device_name: str) -> Generation | None:
-    """Of torch's name of a device, such as `Ascend910B3`."""
+    """The generation of a device by torch's name for it, such as `Ascend910B3`; None if unknown."""
     return next((each for each in GENERATIONS if device_name.startswith(each.soc)), None)
 
 
@@ -179,13 +181,14 @@ SWITCH = "EMBERL_FUSED"
 """Environment variable: names of the parts of a layer that use these, separated by commas; `none`:
 none of them, all in plain torch; unset: all."""
 MASK = 2048
-"""Side of the triangle that the attention's compressed causal mask is."""
+"""Side of the square mask that `sparse_mode` 3 takes, whatever the sequences' lengths."""
 CAUSAL = 3
 """`sparse_mode` of such a mask, aligned at the lower right corner."""
 
 
 def switched_on(environ: Mapping[str, str]) -> frozenset[str]:
-    """Names of the parts that use an operator. ValueError for a name that there is not."""
+    """Names of the parts of a layer that use an operator, by `SWITCH`. Raises ValueError for an
+    unknown name."""
     given = environ.get(SWITCH)
     if given is None:
         return frozenset(OPERATORS)
@@ -205,13 +208,13 @@ def _operator(name: str) -> Any:
 
 
 def rms_norm(x_TH: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The operator wants a weight of the input's dtype."""
+    """RMSNorm of x [T, H]; `weight` [H] is cast, as the operator wants both of one dtype."""
     out: Tensor = _operator("norm")(x_TH, weight.to(x_TH.dtype), eps)[0]
     return out
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up: of one tensor's two halves."""
+    """silu(gate) * up. The operator takes both as the halves of one tensor."""
     import torch
 
     out: Tensor = _operator("gate")(torch.cat((gate, up), dim=-1), -1)

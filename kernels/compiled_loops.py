@@ -175,6 +175,7 @@ def _vector(builder, array, start):
     kind = ir.IntType(16) if bits else ir.FloatType()
     pointer = builder.gep(array.data, [start])
     vector = builder.load(builder.bitcast(pointer, ir.VectorType(kind, LANES).as_pointer()))
+    # an element's: a row starts anywhere, and LLVM assumes a vector's own alignment otherwise
     vector.align = 2 if bits else 4
     if not bits:
         return vector

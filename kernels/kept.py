@@ -1,4 +1,4 @@
-"""Whether what numba compiles can be kept between processes: compiling takes seconds of every
+"""Whether numba's compiled code can be cached between processes: compiling takes seconds of every
 start."""
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ def _example(x: Any) -> Any:
 
 
 def can_be_kept() -> bool:
-    """Whether numba finds a folder for it: `NUMBA_CACHE_DIR`, the one of this file, or, where the
-    installation may not be written to, the user's cache."""
+    """Whether numba finds a writable cache folder: `NUMBA_CACHE_DIR`, this file's `__pycache__`,
+    or, where the installation is read-only, the user's cache."""
     try:
         njit(cache=True)(_example)
-    except RuntimeError:  # it has no other name for that
+    except RuntimeError:  # numba has no class of its own for "no locator available"
         return False
     return True
 

@@ -1,5 +1,4 @@
-"""Prompts and sampled answers as people and graders read them: tokens to text, and text to
-verdicts."""
+"""Prompts and sampled answers as text for graders and people, and the grading of answers."""
 
 from __future__ import annotations
 
@@ -20,9 +19,9 @@ from .groups import Group
 
 
 def conversation(prompt: Prompt, tokenizer: Any) -> tuple[Mapping[str, str], ...]:
-    """The messages that reward functions see; none where the model reads plain text, since without
-    a chat template peers hand their functions texts. `tokenizer` is None before one is loaded,
-    where a template is assumed."""
+    """The messages that reward functions see; () for a model without a chat template, to whose
+    reward functions other trainers pass text. `tokenizer` None: not loaded yet; a template is
+    assumed."""
     return prompt.messages if tokenizer is None or tokenizer.chat_template is not None else ()
 
 
@@ -57,7 +56,7 @@ def _is_conversation(value: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerReader:
-    """Of one model under one configuration."""
+    """Reads the answers of one model under one configuration."""
 
     tokenizer: Any
     rollout: RolloutConfig
@@ -74,9 +73,9 @@ class AnswerReader:
         step: int = 0,
         max_steps: int = 0,
     ) -> Group:
-        """Marks the last turn of each completion, which has the earlier ones before it as its
-        prompt does; what a broken environment cut short has no verdict. max_tokens, step,
-        max_steps: as in `RewardInput`."""
+        """The group of these completions with their verdicts. Of an episode the last turn is
+        graded, with the earlier ones as part of its prompt; an episode that its environment broke
+        has no verdict. max_tokens, step, max_steps: as in `RewardInput`."""
         unmarked = replace(
             self.asked(prompt), max_tokens=max_tokens, step=step, max_steps=max_steps
         )
@@ -94,12 +93,12 @@ class AnswerReader:
         return Group(prompt=prompt, completions=tuple(completions), verdicts=tuple(verdicts))
 
     def asked(self, prompt: Prompt) -> RewardInput:
-        """The problem as a grader reads it, without an answer."""
+        """The grader's input for a problem, without an answer."""
         whole = self.tokenizer.decode(list(prompt.token_ids)).removesuffix(prompt.prefix)
         return replace(reward_input(prompt, self.tokenizer, ""), prompt=whole)
 
     def marked(self, asked: RewardInput, prompt: Prompt, completion: Completion) -> RewardInput:
-        """The problem `asked` with an answer to it; of an episode, its last turn after the
+        """The grader's input `asked` with an answer; of an episode, its last turn after the
         others."""
         start, episode = completion.last_turn, completion.episode
         answered = replace(
@@ -122,14 +121,14 @@ class AnswerReader:
         )
 
     def text(self, prompt: Prompt, completion: Completion) -> str:
-        """An answer as the grader and a person read it: what the prompt has of it already, then
-        what was sampled; of an episode its last turn."""
+        """An answer as text for graders and people: the prompt's prefix of it, then the sampled
+        text; of an episode its last turn."""
         if completion.episode is not None:
             return completion.episode.messages[-1]["content"]
         return prompt.prefix + self.said(completion.token_ids.tolist(), completion.finish_reason)
 
     def said(self, token_ids: Sequence[int], finish_reason: FinishReason) -> str:
-        """Sampled tokens as text, without the end token and what else frames a conversation, and up
+        """Sampled tokens as text, without the end token and other tokens of the chat template, up
         to a stop string (`rollout.include_stop`)."""
         rollout = self.rollout
         stopped = finish_reason == "stop"
@@ -140,8 +139,7 @@ class AnswerReader:
         return cut(text, rollout.stop, keep=rollout.include_stop) if by_string else text
 
     def problem(self, prompt: Prompt) -> str:
-        """The question as a person reads it: the last message, without what the chat template puts
-        around it."""
+        """The question for a person: the last message, without the chat template's additions."""
         if prompt.messages:
             return prompt.messages[-1]["content"]
         text: str = self.tokenizer.decode([t for t in prompt.token_ids if t not in self._framing])

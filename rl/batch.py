@@ -1,4 +1,4 @@
-"""From groups, or from worked solutions, to the flat `Batch` that the learners train on."""
+"""Conversion of groups, or of worked solutions, to the flat `Batch` that the learners train on."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def token_weights(
     norm_const: float | None = None,
     num_sequences: int | None = None,
 ) -> NDArray[np.float64]:
-    """[T] the share of each loss token in the step's loss; 0 where `mask` is false.
+    """The share [T] of each loss token in the step's loss; 0 where `mask` is false.
 
     The denominators are counted before the step is split over ranks and micro-batches, so that
     partial losses are plain sums and no split changes the result. (A mean per micro-batch, as in
@@ -94,8 +94,8 @@ def make_batch(
     keep_all: bool = False,
     mask_cut: bool = False,
 ) -> Batch | None:
-    """The batch of a step with one update, for which the learners need say nothing first; None if
-    no token is left that could train. The arguments are those of `flat_batch` and `updates_of`."""
+    """The batch of a step with one update, without any estimates by the learners; None if no token
+    is left that could train. The arguments are those of `flat_batch` and `updates_of`."""
     whole = flat_batch(groups, loss, max_length=max_length, mask_cut=mask_cut)
     if whole is None:
         return None
@@ -114,12 +114,12 @@ def flat_batch(
     mask_cut: bool = False,
     distill: DistillConfig | None = None,
 ) -> Batch | None:
-    """All completions that have a verdict, group by group; None if there is none. The advantages
-    are those of the groups.
+    """A batch of all completions with a verdict, group by group; None if there is none. The
+    advantages are those of the groups.
 
-    max_length: the longest answer, `seq-mean-token-sum-norm`'s constant where `loss.norm_const` is
-    empty. mask_cut: completions that were cut at that length do not train (`filter.overlong_mask`).
-    distill: says which teacher each has.
+    max_length: the longest answer, `seq-mean-token-sum-norm`'s constant if `loss.norm_const` is
+    None. mask_cut: completions that were cut at that length do not train (`filter.overlong_mask`).
+    distill: gives each sequence its teacher.
     """
     rows = [
         (group.prompt, completion, advantage_of, verdict.status == Status.CORRECT)
@@ -209,9 +209,9 @@ def _trains(completion: Completion, verdict: Verdict, mask_cut: bool) -> bool:
 
 
 def with_token_advantages(batch: Batch, advantage: AdvantageConfig, kl: KLConfig | None) -> Batch:
-    """The batch, whose advantages are scores so far, with the advantage of each token and, with a
-    critic, its targets. They are whitened over all updates together. kl: with kl.place=reward the
-    penalty is taken from the rewards of tokens."""
+    """A batch whose advantages are scores, with each token's advantage instead and, with a critic,
+    its targets. Whitening is over all updates together. kl: with kl.place=reward the penalty is
+    subtracted from the tokens' rewards."""
     if not advantage.per_token:
         return batch
     penalty = None
@@ -238,9 +238,9 @@ def with_token_advantages(batch: Batch, advantage: AdvantageConfig, kl: KLConfig
 
 
 def with_teachers(batch: Batch, distill: DistillConfig) -> Batch:
-    """The batch with its advantages times `distill.reward_coef` and, where teachers are asked about
-    the sampled tokens, plus `distill.coef` times log(teacher / policy) of each token. The policy is
-    the one that sampled, so that the mean is the reverse KL at its own prefixes."""
+    """The batch with its advantages times `distill.reward_coef` and, if teachers score the sampled
+    tokens, plus `distill.coef` times log(teacher / policy) of each token. The policy is the one
+    that sampled, so that the mean is minus the reverse KL at its own prefixes."""
     if not distill.active:
         return batch
     advantages = distill.reward_coef * np.asarray(batch.advantages_T, np.float64)
@@ -261,7 +261,7 @@ def _own_weights(batch: Batch, loss: LossConfig, norm_const: float) -> Batch:
 
 
 def _live(batch: Batch, counts_tokens: bool) -> Batch:
-    """Without the sequences whose every advantage is 0."""
+    """The batch without the sequences whose advantages are all 0."""
     live = np.zeros(len(batch.sequence_lengths), bool)
     np.logical_or.at(live, batch.sequence_ids_T, batch.loss_mask_T & (batch.advantages_T != 0))
     left = batch.select(np.flatnonzero(live).tolist())
@@ -273,7 +273,7 @@ def _live(batch: Batch, counts_tokens: bool) -> Batch:
 
 
 def _sequences(batch: Batch) -> int:
-    """Sequences with a loss token."""
+    """Number of sequences with a loss token."""
     return len(np.unique(batch.sequence_ids_T[batch.loss_mask_T]))
 
 
@@ -300,7 +300,7 @@ def demonstrations(source: PromptSource, tokenizer: Any, config: Config, positio
 
 
 def demonstration(solution: str, position: int, direct: float) -> str:
-    """The solution as it is shown: a share `direct` of all positions has an empty
+    """The solution to imitate: for a share `direct` of all positions with an empty
     `<think></think>`."""
     # a stream of its own: a problem must not tell whether its work is shown
     draw = Random(f"demonstration {position}").random()
@@ -319,7 +319,7 @@ def sft_batch(examples: Sequence[tuple[Sequence[int], int]]) -> Batch:
 
 
 def example_batch(examples: Sequence[Example]) -> Batch:
-    """Sequences as a batch whose loss is the learnt tokens' mean negative log-likelihood."""
+    """A batch of these sequences whose loss is the learnt tokens' mean negative log-likelihood."""
     starts = [int(each.learnt.argmax()) for each in examples]
     masks = [each.learnt[start:] for each, start in zip(examples, starts, strict=True)]
     return _flat(
@@ -342,7 +342,8 @@ def _flat(
     norm_const: float,
     masks: Sequence[np.ndarray] | None = None,
 ) -> Batch:
-    """logprobs, masks: of the tokens after the prompt; masks: which of them train (None: all)."""
+    """A batch of sequences with one advantage each. logprobs, masks: of the tokens after the
+    prompt; masks: which of them train (None: all)."""
     lengths = [len(s) for s in sequences]
     answers = np.concatenate(
         [np.arange(n) >= start for n, start in zip(lengths, prompt_lengths, strict=True)]

@@ -1,4 +1,4 @@
-"""How far a run has come, and the checkpoints that it may go on from.
+"""The progress of a run, and the checkpoints from which it can resume.
 
 <run_dir>/checkpoints/sft-000200/{model.safetensors, config.json, ..., learner/, progress.json}
 """
@@ -19,24 +19,25 @@ from .groups import Progress
 
 CHECKPOINTS, PROGRESS = "checkpoints", "progress.json"
 SETTINGS = "settings.json"
-"""The run's configuration, in each checkpoint; named apart from the model's own config.json beside
-it."""
+"""The run's configuration, in each checkpoint besides the model's own config.json."""
 EVALUATED = "evaluation.json"
-"""The results of an evaluation that was under way when its checkpoint was written."""
+"""The results of an evaluation that was still running when its checkpoint was written."""
 REMOVED = ".removed-"
-"""How the name begins of a checkpoint that is being removed."""
+"""Prefix of the name of a checkpoint that is being removed."""
 FILES = "files.json"
 """Sizes of a checkpoint's files."""
 FIXED = ("stages", "data", "model", "seed")
-"""Groups that say what a checkpoint is of. A run that goes on with others is another run."""
+"""Groups of settings that a resumed run must share with its checkpoint, unless `--override`."""
 SHAPE = ("model.tiny", "model.lora", "model.dtype")
-"""Settings that neither a checkpoint's tensors nor the run's bookkeeping can follow."""
+"""Settings that may never change: the checkpoint's tensors, or the run's bookkeeping, would not
+fit."""
 HOW = ("model.attention", "model.packing", "model.gradient_checkpointing")
-"""How a model is computed, not which; may change."""
+"""Settings of `FIXED` groups that may change: they select an implementation, not a model."""
 
 
 def latest_checkpoint(run_dir: Path, tell: Callable[[str], None] = lambda _: None) -> Path | None:
-    """The newest checkpoint that is whole. tell: which ones are passed over, and why."""
+    """The newest checkpoint that is whole, or None. tell: called with a line for each one that is
+    skipped."""
     order: dict[Path, tuple[int, int]] = {}
     for folder in sorted((run_dir / CHECKPOINTS).glob("[!.]*")):
         reason = broken(folder)
@@ -49,7 +50,8 @@ def latest_checkpoint(run_dir: Path, tell: Callable[[str], None] = lambda _: Non
 
 
 def broken(checkpoint: Path) -> str | None:
-    """Why it cannot be gone on from; None where it can, as far as the sizes of its files tell."""
+    """The reason why a run cannot resume from a checkpoint; None if it can, as far as the sizes of
+    its files tell."""
     try:
         read_progress(checkpoint)
         files = checkpoint / FILES
@@ -65,31 +67,31 @@ def broken(checkpoint: Path) -> str | None:
 
 def read_progress(checkpoint: Path) -> Progress:
     fields = json.loads((checkpoint / PROGRESS).read_text())
-    if (found := checkpoint / EVALUATED).is_file():
-        fields |= json.loads(found.read_text())
+    if (evaluated := checkpoint / EVALUATED).is_file():
+        fields |= json.loads(evaluated.read_text())
     pending = tuple((position, step) for position, step in fields.pop("pending", ()))
     warnings = tuple(fields.pop("warnings", ()))
     return Progress(pending=pending, warnings=warnings, **fields)
 
 
 def add_evaluation(checkpoint: Path, progress: Progress) -> None:
-    """The results of the evaluation of this checkpoint's step, which it was written before."""
+    """Adds the results of an evaluation to the checkpoint of its step, written before it ended."""
     if not (checkpoint / PROGRESS).is_file():
         return
-    found = {
+    results = {
         "evaluating": None,
         "accuracy_start": progress.accuracy_start,
         "accuracy_end": progress.accuracy_end,
     }
     new = checkpoint / f".{EVALUATED}"
-    new.write_text(json.dumps(found))
+    new.write_text(json.dumps(results))
     new.replace(checkpoint / EVALUATED)
 
 
 def check_resumed(config: Config, checkpoint: Path, override: bool) -> list[str]:
-    """A line for each setting that is not the checkpoint's, e.g. `optim.lr: 1e-06, now 1e-05`.
-    `ConfigError` where the run would be another one, unless `override`, and always where the
-    checkpoint's tensors would not fit."""
+    """A line for each setting that differs from the checkpoint's, e.g.
+    `optim.lr: 1e-06, now 1e-05`. Raises `ConfigError` if one of `FIXED` does, unless `override`,
+    and always if the checkpoint's tensors would not fit."""
     file = checkpoint / SETTINGS
     if not file.is_file():
         return [
@@ -129,7 +131,7 @@ def check_resumed(config: Config, checkpoint: Path, override: bool) -> list[str]
 
 
 def nothing_left(config: Config, progress: Progress) -> str | None:
-    """What a person is told who goes on with a run that has done what it was to do."""
+    """A message for a resumed run that has no steps left to train; None if it has."""
     steps = config.schedule.steps
     last = config.stages[progress.stage : progress.stage + 2] == ("rl",)
     counted = config.schedule.passes is not None  # worked out once the rows are known
@@ -146,7 +148,7 @@ def _under(key: str, groups: Sequence[str]) -> bool:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """`optim.lr: 1e-06, now 1e-05` for each key whose values differ."""
+    """key -> a line such as `optim.lr: 1e-06, now 1e-05`, for each key whose values differ."""
 
     def shown(values: Mapping[str, Any], key: str) -> str:
         return json.dumps(values[key]) if key in values else "unset"
@@ -158,18 +160,19 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys and their values."""
-    found: dict[str, Any] = {}
+    """A nested mapping as one of dotted keys."""
+    dotted: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            found |= leaves(value, f"{prefix}{key}.")
+            dotted |= leaves(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value
-    return found
+            dotted[prefix + key] = value
+    return dotted
 
 
 def begin_checkpoint(run_dir: Path, name: str) -> Path:
-    """An empty directory to save into; `finish_checkpoint` makes it count."""
+    """An empty directory for a new checkpoint, with a dot before its name until
+    `finish_checkpoint`."""
     folder = run_dir / CHECKPOINTS / f".{name}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -179,9 +182,10 @@ def begin_checkpoint(run_dir: Path, name: str) -> Path:
 def finish_checkpoint(
     folder: Path, progress: Progress, keep: int, config: Config | None = None, keep_best: int = 0
 ) -> Path:
-    """Names the directory for good in one rename, when everything in it is on the disk, so that a
-    checkpoint is whole or absent; then drops all but the `keep` newest and the `keep_best` of the
-    highest held-out accuracy. `config` is kept beside it, for `check_resumed`."""
+    """Renames the directory to its final name once all its files are on the disk, so that a
+    checkpoint is whole or absent; then removes all but the `keep` newest and the `keep_best` of the
+    highest held-out accuracy. Returns the final path. `config` is saved with it for
+    `check_resumed`."""
     (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=1))
     if config is not None:
         (folder / SETTINGS).write_text(json.dumps(shown_tree(config), indent=1))
@@ -195,7 +199,7 @@ def finish_checkpoint(
     folder.rename(final)
     if earlier is not None:
         shutil.rmtree(earlier, ignore_errors=True)
-    _to_disk(final.parent)
+    _to_disk(final.parent)  # or a loss of power might undo the rename
     done = sorted(
         (p for p in final.parent.glob("[!.]*") if broken(p) is None),
         key=lambda p: (p / PROGRESS).stat().st_mtime,
@@ -208,15 +212,16 @@ def finish_checkpoint(
 
 
 def _out_of_sight(checkpoint: Path) -> Path:
-    """Its name from now on: one that a crash leaves half removed is not to look like a whole."""
+    """Renames a checkpoint before it is removed and returns the new path: one that a crash leaves
+    half removed must not look whole."""
     gone = checkpoint.with_name(f"{REMOVED}{checkpoint.name}")
     shutil.rmtree(gone, ignore_errors=True)
     return checkpoint.rename(gone)
 
 
 def remove_halves(run_dir: Path, tell: Callable[[str], None] = lambda _: None) -> None:
-    """What a run left of checkpoints that it was writing or removing when it ended. tell: of the
-    first kind, since the run goes on from the one before."""
+    """Removes checkpoints that a run was writing or removing when it ended. tell: called with a
+    line for each that was being written, as the run resumes from the one before."""
     for half in sorted((run_dir / CHECKPOINTS).glob(".*")):
         if not half.name.startswith(REMOVED):
             tell(
@@ -227,7 +232,7 @@ def remove_halves(run_dir: Path, tell: Callable[[str], None] = lambda _: None) -
 
 
 def _accuracy(checkpoint: Path) -> float:
-    """Below all where it is not known yet."""
+    """The held-out accuracy of a checkpoint; -1, below all others, if it is not known yet."""
     progress = read_progress(checkpoint)
     if progress.evaluating is not None or progress.accuracy_end is None:
         return -1.0
@@ -235,7 +240,7 @@ def _accuracy(checkpoint: Path) -> float:
 
 
 def _to_disk(path: Path) -> None:
-    """Has a file or a folder's list of names survive a loss of power."""
+    """Flushes a file, or a folder's list of names, so that it survives a loss of power."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

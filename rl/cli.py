@@ -90,10 +90,10 @@ def audit(
             return
         from ..rewards.audit import audit as auditing
 
-        found = auditing.audit(reward, data, html_path=html, style=style)
+        audited = auditing.audit(reward, data, html_path=html, style=style)
     except (ValueError, OSError) as error:
         fail(str(error), USAGE)
-    print(json.dumps(found.figures) if as_json else auditing.to_text(found))
+    print(json.dumps(audited.figures) if as_json else auditing.to_text(audited))
 
 
 @app.command(
@@ -145,15 +145,15 @@ def plan(
             print(planning.describe_keys())
             return
         options = {"device": device, "devices": devices, "learners": learners, "model": model}
-        found = planning.plan(
+        planned = planning.plan(
             overrides or (), options, from_run, trace, also or (), console=make_console()
         )
     except (ValueError, OSError) as error:
         fail(str(error), USAGE)
     if as_json:
-        print(json.dumps(found.record()))
+        print(json.dumps(planned.record()))
     else:
-        planning.show(found, Console())
+        planning.show(planned, Console())
 
 
 @app.command(epilog="Example: emberl data train.parquet layout=dapo -m Qwen/Qwen3-0.6B")
@@ -199,8 +199,8 @@ _DASHED = re.compile(r"--(\w+(?:\.\w+)+)(=.*)?", re.DOTALL)
 
 
 def main() -> None:
-    dashed = next((found for word in sys.argv[1:] if (found := _DASHED.fullmatch(word))), None)
-    if dashed is not None:  # click knows no more than that there is no such option
+    dashed = next((match for word in sys.argv[1:] if (match := _DASHED.fullmatch(word))), None)
+    if dashed is not None:  # click would only say that there is no such option
         say(f"{dashed[0]}: overrides have no dashes; write {dashed[1]}{dashed[2] or '=VALUE'}")
         raise SystemExit(USAGE)
     app()

@@ -1,4 +1,4 @@
-"""Ray: who runs where. Starts or joins a cluster, lays out one placement group, and brings up the
+"""The run's part of a Ray cluster: starts or joins it, creates one placement group, and starts the
 actors.
 
 Each actor has a bundle of the placement group: first the learner ranks, then the rollout workers;
@@ -46,8 +46,8 @@ from .placement import (
 
 
 class Cluster:
-    """A context: Ray joined or started on entry; actors, placement group and, if it was started
-    here, Ray gone on exit."""
+    """A context manager: joins or starts Ray on entry; on exit ends the actors, the placement group
+    and, if it was started here, Ray."""
 
     def __init__(
         self,
@@ -55,8 +55,8 @@ class Cluster:
         tell: Callable[[str], None] = print,
         roles: tuple[Role, ...] = ROLES,
     ) -> None:
-        """tell: where a person reads what the start waits for. roles: who is started; without
-        learners `spawn` gives a group of none."""
+        """tell: called with lines for a person, e.g. what the start waits for. roles: the kinds of
+        actors to start; without learners `spawn` returns an empty group."""
         self.config = config
         self.tell = tell
         self.placement = plan_placement(config, roles)
@@ -69,11 +69,11 @@ class Cluster:
         self.spawned = False
         """Whether the actors were started."""
         self.run_id = uuid.uuid4().hex
-        """Of the weights that these engines take."""
+        """Run id of the weights that these engines accept."""
         self._owns_ray = self._local = False
         self._watch: local_ray.Watch | None = None
         self.next_version = 0
-        """The smallest that workers do not know yet."""
+        """The smallest version that workers have not been told of."""
         device = platform.named(self.placement.device)
         # of a device that torch knows without another package it is known that there is none
         bare = device.is_cpu or (device.module is None and platform.detect().is_cpu)
@@ -81,6 +81,7 @@ class Cluster:
             check_capacity(self.placement, {"CPU": platform.local_cpus()}, "this machine")
 
     def __enter__(self) -> Cluster:
+        # earlier versions of Ray hide all devices from a process that reserves none
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
         if not ray.is_initialized():
@@ -99,7 +100,7 @@ class Cluster:
                     )
                 self._watch = local_ray.Watch()
         try:
-            # first: an autoscaler sees what is asked for
+            # before waiting for nodes: an autoscaler starts them for a pending placement group
             self._group = placement_group(self.placement.bundles(), strategy="PACK")
             settings, where = self.config.cluster, "the Ray cluster"
             where += f" at {self.address}" if self.address else ""
@@ -113,8 +114,8 @@ class Cluster:
         return self
 
     def _join(self) -> bool:
-        """Joins the cluster that is named, or for `auto` the one that runs here; whether there is
-        one. `ConfigError` where one that is named does not answer."""
+        """Joins the cluster at `address`, or for `auto` the one that runs here. Returns False if
+        there is none to join; raises `ConfigError` if a named one does not answer."""
         if not self.address:
             return False
         if ":" in self.address and not self.address.startswith("ray://"):
@@ -136,7 +137,7 @@ class Cluster:
         self.close()
 
     def close(self) -> None:
-        """Ends every actor of ours, gives the placement back, and shuts Ray down if it was started
+        """Ends all our actors, removes the placement group, and shuts Ray down if it was started
         here. Idempotent."""
         if ray.is_initialized():
             for actor in self._actors:
@@ -149,12 +150,12 @@ class Cluster:
                 ray.shutdown()
         if self._local:
             local_ray.after_end()
-        self._actors, self._group = [], None
+        self._actors = []
+        self._group = None
 
     def spawn(self, model_path: str, run_dir: Path) -> tuple[LearnerGroup, RolloutPool]:
-        """Starts all actors; they load while the caller does other things, until it calls
-        `wait`. Nodes that do not see `run_dir` are given the model's files first. Again, with the
-        actors that there are."""
+        """Starts all actors, which load until `wait`; nodes that do not share `run_dir`'s disk get
+        the model's files first. A second call returns the same actors."""
         if self.spawned:
             return self.learners, self.pool
         self._disks = self._prepare_disks(model_path, run_dir)
@@ -167,8 +168,8 @@ class Cluster:
         return self.learners, self.pool
 
     def restart_learners(self) -> None:
-        """Puts new ranks in the place of the learners, who then load the model, and gives the
-        engines, which stay, a pool that knows of nothing that was asked for."""
+        """Replaces the learner ranks by new ones, which load the model; the rollout workers stay,
+        without their requests, in a new pool. Raises ActorLostError if no worker is left."""
         for rank in self.learners.ranks:
             ray.kill(rank)
         self.next_version = max(self.next_version, self.pool.announced + 1)
@@ -188,7 +189,7 @@ class Cluster:
         self.pool = self._pool_of(workers, gone)
 
     def _plan(self, model_path: str) -> None:
-        """The settings of each actor."""
+        """Makes the settings of each actor."""
         config, seats = self.config, self.placement.seats
         world = sum(seat.role == "learner" for seat in seats)
         self._ranks = [
@@ -258,8 +259,8 @@ class Cluster:
         )
 
     def _prepare_disks(self, model_path: str, run_dir: Path) -> Disks:
-        """Those of the learners' nodes, after every node has got the model; `ConfigError` for
-        settings that need a disk which all nodes see, where they do not."""
+        """The disks of the learners' nodes, after the model's files were copied to every node.
+        Raises `ConfigError` for settings that need a shared disk if there is none."""
         config = self.config
         nodes = ray.util.placement_group_table(self._group)["bundles_to_node_id"]
         timeout = config.cluster.step_timeout
@@ -286,8 +287,8 @@ class Cluster:
         return Disks(learners, run_dir, timeout)
 
     def _engine_args(self) -> dict[str, Any]:
-        """With what a colocated engine needs to leave its device; on a CPU vLLM cannot, and need
-        not."""
+        """`rollout.engine_args`, with the argument by which a colocated vLLM can free its device;
+        on a CPU it cannot, and need not."""
         sleeps = self.config.cluster.colocated and self.placement.device != "cpu"
         return {
             **self.config.rollout.engine_args,
@@ -295,9 +296,9 @@ class Cluster:
         }
 
     def respawn(self, index: int) -> Any:
-        """A new actor in the place of a rollout worker that is lost or stuck; returns when it has
-        its model. `PlaceLostError` where its node is gone and no other has room; what Ray raises
-        where it fails otherwise is the caller's."""
+        """A new actor, with its model loaded, for a rollout worker that is lost or stuck. Raises
+        `PlaceLostError` if its node is gone and no other has room, `TimeoutError` after
+        `cluster.start_timeout`, and Ray's own errors."""
         seat, spec = self._workers[index]
         if self._group is None:  # everything ends: a call of Ray's would start another cluster
             raise TimeoutError("the run is over")
@@ -315,8 +316,8 @@ class Cluster:
         return handle
 
     def _another(self, i: int, why: str) -> Any:
-        """As `respawn`, and once more where that one is lost too, as often as
-        `rollout.max_restarts` allows; then ActorLostError. why: what became of the one before."""
+        """`respawn`, repeated up to `rollout.max_restarts` times while the new actors are lost,
+        too; then raises ActorLostError. why: the reason why the one before was lost."""
         for _ in range(self.config.rollout.max_restarts):
             try:
                 return self.respawn(i)
@@ -327,8 +328,8 @@ class Cluster:
         raise ActorLostError(why)
 
     def wait(self) -> None:
-        """Until every actor has its model and the learners have met. A worker that is lost before
-        is started anew, and no other."""
+        """Waits until the learners have formed their group and every actor has its model. A rollout
+        worker that is lost meanwhile is replaced; a lost learner is an error."""
         timeout = self.config.cluster.start_timeout
         if self.learners.ranks:
             self.learners.connect(self._model_path, timeout)
@@ -340,7 +341,8 @@ class Cluster:
                 self._not_up(i, error)
 
     def _not_up(self, i: int, error: ray.exceptions.RayError) -> None:
-        """Deals with a worker that has not come up; ActorLostError where nothing can be."""
+        """Replaces a worker that died during its start, or leaves it out if no node has room.
+        Raises ActorLostError if it was late or failed by an error of its own."""
         why = f"rollout worker {i} failed in 'ready': {cause(error)}"
         if late := isinstance(error, TimeoutError):
             timeout = self.config.cluster.start_timeout

@@ -1,4 +1,4 @@
-"""What files hold, as hashes: by which a result that is kept is known to be of other inputs."""
+"""Hashes of files, by which a stored result is known to be of other inputs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _CODE = re.compile(r"(?P<file>[^:]+\.py):[A-Za-z_][\w.]*")
 
 
 def contents(paths: Iterable[str | Path]) -> dict[str, str]:
-    """Hashes of these files, and of all in these directories; what is not here (a Hub id) is left
-    out."""
+    """path -> hash of these files and of all files in these directories; names that do not exist
+    here (a Hub id) are left out."""
     files = (file for path in paths for file in _files(Path(path).expanduser()))
     return {str(file): _content(file) for file in files}
 
@@ -26,7 +26,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _content(file: Path) -> str:
-    """A hash of a file; of one that is larger than 1 GiB, such as weights, its size."""
+    """The SHA-256 of a file; for one larger than 1 GiB, such as weights, just its size."""
     size = file.stat().st_size
     if size > 1 << 30:
         return f"{size} bytes"
@@ -35,7 +35,7 @@ def _content(file: Path) -> str:
 
 
 def code_files(settings: Any) -> list[str]:
-    """The files of a user's own functions that settings name, each once."""
+    """The source files of the user's functions that nested settings name, each once."""
     if isinstance(settings, str):
         named = _CODE.fullmatch(settings)
         return [named["file"]] if named else []

@@ -1,5 +1,5 @@
-"""`emberl data`: a data set as a run would see it, its first rows as prompts and what the reward
-says of their references."""
+"""`emberl data`: a data set as a run would read it, with its first rows as prompts and the reward's
+verdicts on their references."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _WIDTH = 40
 
 
 def show_data(source: str, overrides: Sequence[str], model: str | None) -> Iterator[str]:
-    """The lines that are printed. source: a configuration (.yaml), or what `data.source` may be.
+    """The lines to print. source: a configuration (.yaml), or a value of `data.source`.
 
-    ValueError as for a run.
+    Raises ValueError for data that a run would refuse.
     """
     config = _config(source, overrides, model)
     for name, (_, settings) in config.data.parts.items():
@@ -75,7 +75,7 @@ def _config(source: str, overrides: Sequence[str], model: str | None) -> Config:
 
 
 def _tokenizer(config: Config, model: str | None) -> Any:
-    """The model's; None without one, where text is counted in bytes."""
+    """The model's tokenizer; None without a model, in which case text is counted in bytes."""
     if config.model.path is None:
         return None
     from .model_files import load_tokenizer
@@ -126,8 +126,7 @@ def _table(
 
 
 def _specs(config: Config, head: Head) -> Mapping[str, Mapping[str, Any]]:
-    """The configuration's rewards; where a layout asks for programs and nothing else was chosen,
-    `code`."""
+    """The configuration's rewards; if none was chosen, the one for the layout's task."""
     specs = {name: part.model_dump() for name, part in config.reward.parts.items()}
     if (
         set(specs) == {"answer"}
@@ -139,7 +138,7 @@ def _specs(config: Config, head: Head) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _own_answer(prompt: Prompt, head: Head) -> tuple[str, str]:
-    """The reference as an answer, and how to speak of it: a program where rows have tests."""
+    """(the row's own reference as an answer, its description): a program if rows have tests."""
     if head.mapper.task == "code" or not prompt.answer:
         own = solutions_of(prompt.columns)
         return (

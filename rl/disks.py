@@ -1,8 +1,8 @@
-"""The disks of a cluster's nodes, where these do not share the driver's.
+"""Copies of files between the driver's disk and those of nodes that do not share it.
 
 Actors read the model and write their part of a checkpoint under paths of the run. Where such a path
 is another disk on another node, the files travel through Ray: before they are read (`push`), and
-after they are written (`pull`). What the driver can see on its own disk is then all of the run.
+after they are written (`pull`). The driver's own disk then has all files of the run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ..rollout.actors import gather
 
 CHUNK = 1 << 26
-"""Bytes that travel at once."""
+"""Bytes of one message."""
 
 
 class NodeFiles:
@@ -30,11 +30,11 @@ class NodeFiles:
         return Path(path).exists()
 
     def hashes(self, folder: str, nested: bool) -> dict[str, str]:
-        """As the function."""
+        """The function `hashes` on this node."""
         return hashes(Path(folder), nested)
 
     def read(self, path: str, offset: int) -> bytes:
-        """At most `CHUNK` bytes; none at the end of the file."""
+        """At most `CHUNK` bytes from `offset` on; b"" at the end of the file."""
         with Path(path).open("rb") as file:
             file.seek(offset)
             return file.read(CHUNK)
@@ -45,7 +45,7 @@ class NodeFiles:
             file.write(data)
 
     def remove(self, folder: str) -> None:
-        """The folder, and those above it that it leaves empty."""
+        """Removes the folder, and those above it that become empty."""
         shutil.rmtree(folder, ignore_errors=True)
         for parent in Path(folder).parents:
             try:
@@ -55,11 +55,11 @@ class NodeFiles:
 
 
 class Disks:
-    """The nodes of a run's actors that have another disk under `run_dir` than the driver."""
+    """The nodes of a run's actors that do not share the driver's disk at `run_dir`."""
 
     def __init__(self, nodes: Sequence[str], run_dir: Path, timeout: float) -> None:
-        """nodes: Ray's ids of the nodes that actors were placed on. timeout: seconds, by
-        `cluster.step_timeout`, for one file's way."""
+        """nodes: Ray's ids of the actors' nodes. timeout: seconds for one call
+        (`cluster.step_timeout`)."""
         self._timeout = timeout
         here = ray.get_runtime_context().get_node_id()
         others = [node for node in dict.fromkeys(nodes) if node != here]
@@ -78,12 +78,12 @@ class Disks:
 
     @property
     def shared(self) -> bool:
-        """Whether every node sees what the driver writes."""
+        """Whether every node sees the files that the driver writes."""
         return not self._apart
 
     def push(self, folder: Path, *, nested: bool = True) -> None:
-        """Gives every other node the files of the folder, with those of folders in it unless not
-        `nested`. ValueError where a node has another file in a place that is not the run's."""
+        """Copies the files of the folder, `nested` with those of its folders, to every other node.
+        Raises ValueError if a node has a different file in a path outside the run directory."""
         if not self._apart:
             return
         folder = folder.absolute()
@@ -101,7 +101,8 @@ class Disks:
                     self._each([actor], "write", str(folder / name), offset, ray.put(data))
 
     def pull(self, folder: Path) -> None:
-        """Brings here what other nodes have in the folder, and removes it there."""
+        """Moves the files that other nodes have in the folder here. Raises OSError if one did not
+        arrive as it was."""
         folder = folder.absolute()
         for actor, theirs in self._hashes(folder, True):
             for name, digest in theirs.items():
@@ -120,7 +121,7 @@ class Disks:
         self._apart = []
 
     def _hashes(self, folder: Path, nested: bool) -> Iterator[tuple[Any, dict[str, str]]]:
-        """Each other node's actor with `hashes` of its folder."""
+        """(actor, `hashes` of its folder) of each other node."""
         answers = self._each(self._apart, "hashes", str(folder), nested)
         return zip(self._apart, answers, strict=True)
 
@@ -149,8 +150,8 @@ def _actor_on(node: str) -> Any:
 
 
 def hashes(folder: Path, nested: bool) -> dict[str, str]:
-    """A digest of each file in the folder, or, `nested`, anywhere under it, by its path within;
-    none where there is no folder."""
+    """relative path -> xxh3-128 of each file in the folder, `nested` also of those in its folders;
+    empty if there is no folder."""
     files = (path for path in sorted(folder.glob("**/*" if nested else "*")) if path.is_file())
     return {str(path.relative_to(folder)): _hash(path) for path in files}
 
@@ -163,7 +164,7 @@ def _hash(path: Path) -> str:
 
 
 def _chunks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The file in pieces, an empty one too, each with where it begins."""
+    """(offset, bytes) of each piece of the file; an empty file has one piece."""
     offset = 0
     with path.open("rb") as file:
         while (data := file.read(CHUNK)) or offset == 0:

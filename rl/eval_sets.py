@@ -1,5 +1,4 @@
-"""`EvalSet`: problems that the policy is evaluated on, with their own prompts, sampling and
-verifier."""
+"""Evaluation sets: problems to evaluate the policy on, with sampling and verifier of their own."""
 
 from __future__ import annotations
 
@@ -18,28 +17,29 @@ from .data.sources import PromptSource, open_source
 from .evaluation.thinking import Thoughts, in_mode
 
 GENERATED_SIZE = 512
-"""Problems of a set that is generated rather than read, where its `size` is empty."""
+"""Problems of a generated set whose `size` is not set."""
 HELD_OUT = ""
-"""The name of the set that `data` itself holds out, whose metrics go by its data sources."""
+"""Name of the set that `data` itself holds out; its metrics are named by data source."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalSet:
-    """A set of problems and how answers to them are drawn and marked."""
+    """A set of problems, with the sampling and the grading of answers to them."""
 
     name: str
-    """As in `val-core/{name}/acc/mean@N`; `HELD_OUT` for the problems that `data` holds out."""
+    """Name in metrics, e.g. `val-core/{name}/acc/mean@N`; `HELD_OUT` for the problems that `data`
+    holds out."""
     prompts: Sequence[Prompt]
     samples: int
     """Answers to each problem."""
     sampling: Mapping[str, Any]
-    """Fields of `Sampling` that are this set's own."""
+    """Fields of `Sampling` that this set overrides."""
     suite: RewardSuite
     thinking: Thoughts | None = None
-    """Where thoughts are ended by force as well."""
+    """Thinking budgets at which thoughts are also ended by force; None without any."""
 
     def sampled(self, sampling: Sampling) -> Sampling:
-        """The run's sampling with what is this set's own."""
+        """The run's sampling with this set's overrides."""
         return replace(sampling, **self.sampling)
 
 
@@ -51,10 +51,11 @@ def open_eval_sets(
     tell: Callable[[str], None],
     opened: ExitStack,
 ) -> tuple[EvalSet, ...]:
-    """The held-out problems of `source`, if there is one, and every set of `eval.sets`; suites of
-    their own are closed by `opened`.
+    """The held-out problems of `source`, if there is one, and every set of `eval.sets`; `opened`
+    closes the reward suites of these.
 
-    tell: says what was left out. Raises ConfigError for a set that cannot be read or graded.
+    tell: called with a line for each omission. Raises ConfigError for a set that cannot be read or
+    graded.
     """
     sets = []
     if source is not None and config.eval.size != 0 and source.heldout:
@@ -135,8 +136,8 @@ def _open(
 def _thoughts(
     config: Config, settings: ThinkingConfig, tokenizer: Any, longest: int
 ) -> Thoughts | None:
-    """The function that ends thoughts at budgets; ValueError where there is no room for an answer
-    after one."""
+    """The `Thoughts` that end at budgets; None without any. Raises ValueError if a budget leaves no
+    room for an answer."""
     if not settings.budgets:
         return None
     if config.rollout.environment is not None:
@@ -164,7 +165,7 @@ def _row(prompt: Prompt) -> tuple[int, str]:
 def _cut(
     prompts: Sequence[Prompt], size: int | None, key: str, what: str, tell: Callable[[str], None]
 ) -> list[Prompt]:
-    """The first `size` of them (None: all); a cut is said."""
+    """The first `size` prompts (None: all); calls `tell` if some are left out."""
     if size is not None and size < len(prompts):
         tell(f"{key}={size}: the first {size} of {len(prompts)} {what} are evaluated")
         return list(prompts[:size])
@@ -172,8 +173,7 @@ def _cut(
 
 
 def sampling_of(config: Config, own: EvalSetConfig | None) -> dict[str, Any]:
-    """Fields of `Sampling` in an evaluation: those of `eval`, then the set's own where it has
-    any."""
+    """Fields of `Sampling` in an evaluation: those of `eval`, overridden by the set's own."""
     keys = {"temperature": config.eval.temperature, **config.eval.cuts, "seed": config.seed}
     if own is not None:
         names = {"temperature": "temperature", "max_response_length": "max_tokens"}

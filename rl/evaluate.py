@@ -1,9 +1,9 @@
 """Evaluation of a run on held-out problems, with the weights that its engines serve.
 
-Where rollouts and learners take turns, both wait for it. Where `schedule.max_staleness` lets
-rollouts run ahead, its prompts go to the workers beside those of the training, and the learners go
-on: the workers stay at the version that is evaluated until all its answers are there, so that each
-is by that version, and training goes on with what that version samples as far as the bound lets it.
+If rollouts and learners take turns, both wait for it. If `schedule.max_staleness` lets rollouts run
+ahead, its prompts go to the workers besides those of the training, and the learners go on: the
+workers keep the evaluated version until all its answers are there, so that each is by that version,
+and training continues with that version's samples as far as the bound allows.
 """
 
 from __future__ import annotations
@@ -38,14 +38,12 @@ class Evaluation:
 
 
 Marks = Mapping[int | None, Mapping[int, asyncio.Task[Group]]]
-"""Of one set: by thinking budget (None: without one) and index of the problem, the answers as they
-are marked."""
+"""Grading tasks of one set: thinking budget (None: without one) -> index of the problem -> task."""
 
 
 async def begin_evaluation(run: Run) -> None:
-    """Evaluates the weights of this moment, those of step `run.progress.step`. With
-    `max_staleness` 0 it is done when this returns; else it goes on as `run.evaluation`, one at a
-    time."""
+    """Evaluates the current weights, those of step `run.progress.step`. With `max_staleness` 0 it
+    is done when this returns; else it continues as the task `run.evaluation`, one at a time."""
     step, version = run.progress.step, run.progress.version
     if not run.config.schedule.max_staleness:
         _keep(run, step, await evaluate(run))
@@ -54,7 +52,7 @@ async def begin_evaluation(run: Run) -> None:
     run.weights.hold(version)
     run.progress = run.progress.advance(evaluating=step)
     run.evaluation = asyncio.create_task(_beside(run, step, version))
-    # if the run fails otherwise first, nobody asks for it
+    # retrieves its error: if the run fails otherwise first nobody awaits it, and asyncio complains
     run.evaluation.add_done_callback(lambda task: task.cancelled() or task.exception())
 
 
@@ -77,8 +75,8 @@ def _keep(run: Run, step: int, result: Evaluation) -> None:
 
 
 async def evaluate(run: Run) -> Evaluation:
-    """Samples answers to all sets of held-out problems with the weights that the engines serve,
-    marks and logs them."""
+    """Samples answers to all evaluation sets with the weights that the engines serve, grades and
+    logs them."""
     await run.weights.delivered()
     step = run.progress.step
     with run.tracker.doing("evaluating"):
@@ -87,9 +85,10 @@ async def evaluate(run: Run) -> Evaluation:
 
 
 async def _decoded(run: Run, problems: EvalSet, step: int) -> Marks:
-    """When all answers to a set are there; their marking may go on."""
+    """Samples all answers to a set; returns their grading tasks, which may still run."""
     sampling = problems.sampled(run.sampling(0))
-    suite = problems.suite.apart()  # a training step's figures of the reward are to be its own
+    # apart, so that the reward's metrics of a training step leave these answers out
+    suite = problems.suite.apart()
     slots = asyncio.Semaphore(GRADERS)
 
     async def mark(index: int, completions: Sequence[Completion]) -> Group:
@@ -109,8 +108,8 @@ async def _decoded(run: Run, problems: EvalSet, step: int) -> Marks:
 async def _logged(
     run: Run, step: int, marks: Sequence[Marks], *, with_versions: bool = False
 ) -> Evaluation:
-    """The figures of all sets, once everything is marked. with_versions: which weights gave the
-    answers is among them."""
+    """Waits for all grading, then logs and returns the metrics of all sets. with_versions: also log
+    the oldest and newest version that sampled."""
     shown = run.config.tracking.samples
     metrics: dict[str, float] = {}
     show: dict[str, str] = {}
@@ -144,7 +143,7 @@ async def _logged(
         }
     try:
         check_errors([v for g in kept for v in g.verdicts], run.config.reward.max_error_fraction)
-    except TooManyErrors as error:  # the weights are none the worse for it, the figure is
+    except TooManyErrors as error:  # no reason to end the run: only this metric suffers
         text = f"evaluation at step {step}: {error}; these count as not right"
         run.tracker.alert("verifier errors", text)
     run.tracker.log(step, metrics, "eval", show)
@@ -156,9 +155,9 @@ async def _logged(
 
 
 def _line(name: str, result: Evaluation) -> dict[str, str]:
-    """The figures of a set on the console."""
+    """A set's results as shown on the console."""
     line = {f"{name} accuracy": f"{result.accuracy:.1%}"}
-    # a graded reward, of which "correct" says little
+    # a reward that is not just 0 or 1, about which the accuracy says little
     if abs(result.reward - result.accuracy) > 1e-9:
         line[f"{name} reward"] = f"{result.reward:.3f}"
     return line

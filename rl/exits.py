@@ -1,4 +1,4 @@
-"""How a command of emberl ends that could not do what it was asked."""
+"""Exit statuses of emberl's commands, and the last line of one that failed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 @contextmanager
 def telling_why(interrupted: str) -> Iterator[None]:
-    """The last line of a run must say why it failed, whatever failed. interrupted: what it says
-    after Ctrl-C."""
+    """A context in which any error ends the command with the reason in its last line. interrupted:
+    the reason given for Ctrl-C."""
     from .config.load import ConfigError
 
     try:
@@ -36,13 +36,13 @@ def telling_why(interrupted: str) -> Iterator[None]:
 
 
 def fail(message: str, status: int) -> Any:
-    """`say`, and a status that is not zero."""
+    """`say`, then exits with this status."""
     say(message)
     raise typer.Exit(status)
 
 
 def say(message: str) -> None:
-    """Why it ends: one line for a person on stderr, one JSON line on stdout."""
+    """Prints an error as one line for people on stderr, and as one JSON line on stdout."""
     line = hidden(" ".join(message.split()))
     print(f"error: {line}", file=sys.stderr, flush=True)
     print(json.dumps({"status": "error", "error": line}), flush=True)

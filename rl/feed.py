@@ -1,8 +1,8 @@
-"""The feed: keeps the rollout workers busy, has their answers marked as they come in, and hands the
-loop its groups.
+"""The feed: keeps the rollout workers busy, has their answers graded as they come in, and gives the
+training loop the groups of each step.
 
-The loop awaits `take` once a step; between two calls the workers decode on, as far ahead as
-`schedule.max_staleness` lets them, and graders, in threads, mark what they finish.
+The loop awaits `take` once a step; between two calls the workers go on decoding, as far ahead as
+`schedule.max_staleness` allows, and threads grade finished groups.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class Feed:
     """The groups of one step."""
 
     groups: list[Group]
-    """In order of admission; with dynamic sampling those without a signal too, for the step's
-    figures."""
+    """Groups in order of admission; with dynamic sampling also those without a signal, for the
+    step's metrics."""
     waited: float
-    """Seconds in which the learners had nothing to do."""
+    """Seconds for which the learners had to wait."""
     metrics: dict[str, float]
     """`sched/*`."""
 
 
 class GroupFeed:
-    """A context. Nothing is asked for before the first `take`; what is under way at the end is left
-    alone."""
+    """An async context manager. Nothing is requested before the first `take`; requests that still
+    run at the end are left to run."""
 
     def __init__(self, run: Run) -> None:
         schedule, filtered = run.config.schedule, run.config.filter
@@ -66,8 +66,8 @@ class GroupFeed:
         self._without_signal = 0  # groups that were dropped since the step began
         self._figures = _Figures(run)
         self._failure: BaseException | None = None
-        # the pool and the graders have deadlines of their own and report; this one finds what those
-        # forget
+        # the sum of all deadlines that the pool and the graders keep themselves, so that this one
+        # finds only what those forget
         graded = sum(part.deadline for part in run.config.reward.parts.values())
         replaced = run.config.cluster.start_timeout + run.config.sync.timeout
         rollout = run.config.rollout
@@ -88,13 +88,14 @@ class GroupFeed:
             task.cancel()
 
     async def take(self, step: int) -> Feed:
-        """The groups of this step, fresh enough to train on the version that is served now; asks
-        for more first.
+        """The groups of this step, fresh enough to train on the current version; requests more
+        first.
 
-        Raises what made a worker, or the marking of its answers, fail.
+        Raises the error that made a worker, or the grading of its answers, fail.
         """
         self._raise_failure()
-        self._step, version = step, self._run.progress.version
+        self._step = step
+        version = self._run.progress.version
         self._without_signal = len(self._dropped)
         self._evict(self._schedule.close(version, min(self._run.pool.served, version)))
         self._schedule.check()
@@ -118,7 +119,8 @@ class GroupFeed:
         return Feed(groups=[group for _, group in sampled], waited=waited, metrics=metrics)
 
     async def _change(self) -> None:
-        """Until a group has come, a version is served, or something has failed."""
+        """Waits until a group is graded, a new version is served, or something has failed. Raises
+        ActorLostError if nothing happens within the deadline."""
         changed = asyncio.create_task(self._changed.wait())
         delivery = self._run.weights.under_way
         waiting: set[asyncio.Task[Any]] = {changed}
@@ -127,7 +129,7 @@ class GroupFeed:
         evaluation = self._run.evaluation
         evaluating = evaluation is not None and not evaluation.done()
         if evaluation is not None and evaluating:
-            waiting.add(evaluation)  # what it asks for has deadlines of its own
+            waiting.add(evaluation)  # its own requests have deadlines
         graded = self._run.suite.finished
         done, _ = await asyncio.wait(waiting, timeout=self._patience, return_when="FIRST_COMPLETED")
         changed.cancel()
@@ -156,25 +158,25 @@ class GroupFeed:
             self._changed.set()
 
     async def _follow_versions(self, version: int) -> None:
-        """There is more room with every version that the workers serve."""
+        """Admits more groups with every version that the workers serve, which makes room."""
         while True:
             version = await self._run.pool.served_after(version)
             self._admit()
             self._changed.set()
 
     def _evict(self, numbers: Sequence[int]) -> None:
-        """Stops groups that are too old, or that were started to spare."""
+        """Stops groups that are too old, or that were oversampled."""
         if numbers:
             self._run.pool.cut([self._open[number][1] for number in numbers])
         self._open = {number: self._open[number] for number in self._schedule.open}
 
     def _wanted(self) -> int:
-        """How many groups there will be: fewer than a step's where too many had no signal."""
+        """Number of groups for this step: fewer than usual if too many had no signal."""
         exhausted = self._without_signal > self._most_dropped and not self._schedule.running
         return min(self._per_step, self._schedule.ready) if exhausted else self._per_step
 
     def _admit(self) -> None:
-        """Asks for as many groups as the schedule has room for."""
+        """Requests as many groups as the schedule has room for."""
         schedule = self._schedule
         schedule.served = min(self._run.pool.served, schedule.version)
         if schedule.max_staleness == 0 and schedule.running:
@@ -209,7 +211,7 @@ class GroupFeed:
         )
 
     async def _mark(self, number: int, job: Job) -> None:
-        """Has the group marked once it is there."""
+        """Waits for a group, grades it and gives it to the schedule."""
         completions = await job.outcome
         async with self._grading:
             group = await asyncio.to_thread(self._run.grade, job.prompt, completions)
@@ -226,9 +228,9 @@ class GroupFeed:
 
 
 def censored_mean(finished: Sequence[int], cut: Sequence[int]) -> float:
-    """The mean length that answers would have if none were cut: the area under Kaplan and Meier's
-    (1958) estimate of the share of answers longer than x, up to the longest. `cut` are the lengths
-    at which answers were cut."""
+    """The mean length that answers would have if none were ended early: the area under Kaplan and
+    Meier's (1958) estimate of the share of answers longer than x, up to the longest. `cut` are the
+    lengths at which answers were ended early."""
     lengths = np.array([*finished, *cut])
     ended = np.array([True] * len(finished) + [False] * len(cut))
     mean, alive, at = 0.0, 1.0, 0
@@ -240,7 +242,7 @@ def censored_mean(finished: Sequence[int], cut: Sequence[int]) -> float:
 
 
 class _Figures:
-    """Counts since the last step: differences of counters that only grow."""
+    """The `sched/*` metrics: differences since the last step of counters that only grow."""
 
     def __init__(self, run: Run) -> None:
         self._run = run

@@ -1,9 +1,8 @@
-"""GGUF, the one-file format of llama.cpp, to a Hugging Face directory that everything else here
-reads.
+"""Conversion of GGUF, the one-file format of llama.cpp, to a Hugging Face directory.
 
-Of the architectures that the engines and the learner are tested with. Whatever of a file would be
-lost on the way is refused by name: a tensor without a place, a rotation for long contexts, a way of
-splitting text that is not known.
+It covers the architectures that the engines and the learner are tested with. A file that could not
+be converted without loss is refused, with the reason: a tensor without a counterpart, a rotation
+for long contexts, an unknown pre-tokenizer.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from typing import Any
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 SPLIT_FILE = re.compile(r"-\d{5}-of-\d{5}$")
 
-# How text is cut before byte-pair merges, by llama.cpp's name for it (`tokenizer.ggml.pre`). A GGUF
-# file has no more than the name, and transformers cuts as GPT-2 did where it does not know it:
-# other tokens than the model was trained on.
+# Pre-tokenizers by llama.cpp's name (`tokenizer.ggml.pre`). A GGUF file has only the name, and for
+# one that it does not know transformers takes GPT-2's, which gives other tokens than the model was
+# trained on.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _WORDS + r"\p{N}{1,3}" + _REST
@@ -45,13 +44,13 @@ class GgufHeader:
     text_split: str
     context_length: int
     head_dim: int | None
-    """Of a query head, where the file says it."""
+    """Size of a query head; None if the file does not state it."""
     tensor_types: tuple[str, ...]
-    """How weights are stored, the commonest first, e.g. ("Q4_1", "F32")."""
+    """Storage types of the weights, the commonest first, e.g. ("Q4_1", "F32")."""
 
 
 def read_header(file: Path) -> GgufHeader:
-    """Checks that the file is whole and can be converted; ValueError says what is in the way."""
+    """The header of a file. Raises ValueError unless the file is whole and can be converted."""
     from gguf import GGUFReader
 
     if SPLIT_FILE.search(file.stem):
@@ -66,7 +65,7 @@ def read_header(file: Path) -> GgufHeader:
         fields = {
             name: field.contents() for name, field in reader.fields.items() if name not in _LONG
         }
-    # numpy's own, of many kinds, where a cut or damaged file is read past its end
+    # gguf reads a truncated or damaged file past its end, where numpy raises errors of many kinds
     except Exception as error:
         raise ValueError(f"{file} is damaged or cut short ({error}); fetch it again") from error
     end = max((int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors), default=0)
@@ -133,7 +132,7 @@ def _refuse(file: Path, architecture: str, fields: dict[str, Any], tensors: set[
 
 def convert(file: Path, folder: Path, dtype: str = "float32") -> str:
     """Writes weights in `dtype`, config and tokenizer to `folder`, which appears whole or not at
-    all; says what was done."""
+    all. Returns a line that describes the conversion."""
     header = read_header(file)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -142,7 +141,7 @@ def convert(file: Path, folder: Path, dtype: str = "float32") -> str:
         _save_model(file, header, draft, dtype)
         if not (folder / "config.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            draft.chmod(0o755)
+            draft.chmod(0o755)  # mkdtemp lets nobody else read it
             draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -187,7 +186,7 @@ def _save_model(file: Path, header: GgufHeader, folder: Path, dtype: str) -> Non
 
 
 def _tensors(file: Path, config: Any) -> Iterator[tuple[str, Any]]:
-    """(Hugging Face's name, float32 tensor); a name that has no counterpart stays as it is."""
+    """(Hugging Face's name, float32 tensor) of each tensor; a name without a counterpart stays."""
     import torch
     from gguf import GGUFReader, dequantize
 
@@ -206,8 +205,8 @@ def _tensors(file: Path, config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _halves(tensor: Any, heads: int) -> Any:
-    """Rows [H * D, ...] of a head from the order of llama.cpp, which rotates neighbours, to that of
-    Hugging Face, which rotates the halves against each other."""
+    """Rows [H * D, ...] of query or key heads in Hugging Face's order, which rotates the halves of
+    a head against each other, from llama.cpp's, which rotates neighbours."""
     pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape).contiguous()
 

@@ -39,7 +39,7 @@ class Group:
 
     @property
     def scores(self) -> NDArray[np.float64]:
-        """[G] with NaN for a completion that has no verdict."""
+        """Scores [G], NaN for a completion without a verdict."""
         return np.array(
             [np.nan if v.score is None else v.score for v in self.verdicts], dtype=np.float64
         )
@@ -78,29 +78,29 @@ class Batch:
     num_loss_tokens: int
     """Loss tokens of the whole step, over all ranks and micro-batches."""
     share: float = 1.0
-    """How much of what the weights' denominators count is here: less than 1 where sequences without
-    a gradient were left out of the passes."""
+    """Share of the tokens or sequences counted in the weights' denominators that this batch has:
+    below 1 if sequences without a gradient were left out of the passes."""
     correct_T: Bools | None = None
-    """Whether the token's completion was marked correct."""
+    """Whether the token's completion was graded as correct."""
     worker_ids_T: Ints | None = None
-    """Which rollout worker decoded the token's sequence; None: there is only one."""
+    """Number of the rollout worker that decoded the token's sequence; None: there is only one."""
     old_logp_T: Floats | None = None
-    """Under the policy as it stood before the step's first update; None: not recomputed yet."""
+    """Log-probs under the policy before the step's first update; None: not recomputed yet."""
     reference_logp_T: Floats | None = None
-    """Under the frozen reference policy, where there is one."""
+    """Log-probs under the frozen reference policy; None without one."""
     teacher_ids_T: Ints | None = None
-    """With distillation: which teacher the token's sequence has, -1 for none."""
+    """With distillation: index of the sequence's teacher, -1 for none."""
     teacher_logp_T: Floats | None = None
-    """Under that teacher, where it is asked about sampled tokens; 0 where there is none."""
+    """Log-probs under that teacher, if it scores sampled tokens; 0 where there is none."""
     values_T: Floats | None = None
-    """The critic's estimate before each loss token, where there is one."""
+    """The critic's estimate before each loss token; None without a critic."""
     returns_T: Floats | None = None
-    """The critic's targets; without a critic the return to go, where rewards are of tokens."""
+    """The critic's targets; without a critic the return to go, with rewards per token."""
     rewards_T: Floats | None = None
-    """The reward of each token, KL penalty included, where rewards are of tokens."""
+    """The reward of each token, KL penalty included; None without rewards per token."""
     kl_T: Floats | None = None
-    """The estimate of KL(policy || reference) that the reward of each token was lowered by (times
-    kl.coef)."""
+    """Estimates of KL(policy || reference) that, times kl.coef, were subtracted from the tokens'
+    rewards."""
 
     def __post_init__(self) -> None:
         lengths = {name: len(array) for name, array in self._arrays()}
@@ -134,20 +134,19 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """All that the driver must remember; with the learner's state it determines the rest of the
-    run."""
+    """The driver's state; together with the learner's it determines the rest of the run."""
 
     stage: int = 0
     """Index into `stages`; equal to their number when the run is done."""
     step: int = 0
     """Steps done of this stage."""
     version: int = 0
-    """Of the weights."""
+    """Version of the weights."""
     position: int = 0
     """Problems taken from the source so far."""
     pending: tuple[tuple[int, int], ...] = ()
-    """Of these, the ones whose groups have not trained yet: (position, RL step of admission). A
-    resumed run asks for them again, before any new ones."""
+    """(position, RL step of admission) of the problems among these whose groups have not trained
+    yet. A resumed run samples them again, before any new ones."""
     tokens: int = 0
     """Completion tokens sampled for training."""
     train_seconds: float = 0.0
@@ -155,19 +154,22 @@ class Progress:
     seconds: float = 0.0
     """Wall time of the whole run, set-up included, over all its attempts."""
     evaluating: int | None = None
-    """The step whose evaluation is under way. Its weights are the checkpoint's, and a resumed run
-    begins with it."""
+    """The step whose evaluation is running, with the checkpoint's weights; a resumed run begins
+    with it."""
     accuracy_start: float | None = None
     accuracy_end: float | None = None
     probe_noise_logp: float | None = None
-    """How far engines and learners are apart by rounding alone; None where it was not measured."""
+    """Difference of log-probs between engines and learners by rounding alone, as `Level.logp`; None
+    if not measured."""
     probe_noise_p: float | None = None
+    """The same of probabilities, `Level.p`."""
     updates: int = 0
     """Optimizer steps of the policy in RL."""
     entropy_start: float | None = None
-    """Nats a token in the first RL step that trained, which `Alarms` compares with."""
+    """Entropy in nats per token of the first RL step that trained, the baseline of `Alarms`."""
     curriculum: Mapping[str, Any] | None = None
-    """Of the order of problems (`data.mixture`, `data.curriculum`), once an RL step was done."""
+    """State of the order of problems (`data.mixture`, `data.curriculum`) after the first RL
+    step."""
     warnings: tuple[str, ...] = ()
     """Warnings about a run that does not learn."""
 

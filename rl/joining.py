@@ -1,4 +1,4 @@
-"""Whether the head of a Ray cluster answers where a run is to join it; loads no Ray."""
+"""A check that the head of a Ray cluster answers at an address, before Ray is loaded."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from .config.load import ConfigError
 PATIENCE = 10.0
 """Seconds for an answer."""
 ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
-"""The question that Ray's own clients ask first, by gRPC."""
+"""gRPC method that Ray's own clients call first."""
 
 
 def check_answers(address: str) -> None:
-    """`ConfigError` where no head of a Ray cluster answers at `host:port`: Ray itself would try for
-    minutes, and for ever where something else listens."""
+    """Raises `ConfigError` if no head of a Ray cluster answers at `host:port`. Ray itself would try
+    for minutes, or for ever if something else listens there."""
     why = why_no_head(address)
     if why is not None:
         raise no_cluster(address, why)
 
 
 def why_no_head(address: str) -> str | None:
-    """What is at `host:port` instead of the head of a Ray cluster; None where there is one."""
+    """The reason why no head of a Ray cluster answers at `host:port`; None if one does."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
     except (OSError, ValueError) as error:
         return str(error)
     if os.environ.get("RAY_USE_TLS", "0") in ("1", "true"):
-        return None  # it answers whom it knows by a certificate
+        return None  # it would not answer this check, which has no certificate
     return _spoken_at(address)
 
 
@@ -51,7 +51,8 @@ def _spoken_at(address: str) -> str | None:
                 return (
                     "what listens there is not the head's own port, 6379 if nobody says otherwise"
                 )
-    return None  # it is, also where it asks for a token: ray.init says what is wrong with ours
+    # any other error, e.g. of a missing token, comes from a head, and ray.init explains it
+    return None
 
 
 def no_cluster(address: str, why: object) -> ConfigError:

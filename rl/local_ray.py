@@ -1,6 +1,6 @@
-"""A Ray cluster that a run starts for itself. By environment variables, of which Ray reads some
-when it is imported, it is told to listen at loopback alone, and to let in who knows its token.
-`Watch` ends a run whose cluster has lost a process of Ray's own."""
+"""A Ray cluster that a run starts for itself. Environment variables, some of which Ray reads when
+it is imported, make it listen at loopback only and require a token. `Watch` ends a run whose
+cluster has lost a process of Ray's own."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .exits import FAILED, say
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's switch for nodes that other machines reach, on by default on Linux alone."""
 NEEDED = ("gcs_server", "raylet")
-"""Of Ray's processes on a node, those that it cannot do without."""
+"""The Ray processes without which a node does not work."""
 
 
 def before_import(address: str | None) -> None:
-    """For a run that will start a cluster, as it names none to join; without effect once Ray is
-    imported."""
+    """Sets the environment variables for a cluster that the run will start; does nothing if it
+    joins one, or once Ray is imported."""
     if address or os.environ.get("RAY_ADDRESS") or "ray" in sys.modules:
         return
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # the default since Ray 2.59
@@ -32,7 +32,7 @@ def before_import(address: str | None) -> None:
 
 
 def before_start() -> None:
-    """The same where Ray was imported first, as far as that goes."""
+    """Sets what still takes effect after Ray was imported."""
     from ray._private import ray_constants
 
     constants: Any = ray_constants
@@ -45,9 +45,9 @@ def before_start() -> None:
 
 @contextmanager
 def needed_alone() -> Iterator[None]:
-    """A cluster that is started within has no autoscaler, no reader of logs and no dashboard's
-    server, which Ray starts whether or not somebody asks for them: nothing here talks to them, and
-    on two cores they are a tenth of a start, for one of which it waits."""
+    """A context in which Ray starts a cluster without autoscaler, log monitor and dashboard server.
+    Ray starts them whether or not they are asked for; nothing here uses them, and on two cores they
+    take a tenth of a start, which waits for one of them."""
     from ray._private.node import Node
 
     node: Any = Node
@@ -63,7 +63,7 @@ def needed_alone() -> Iterator[None]:
 
 
 def after_end() -> None:
-    """This process may join another machine's cluster next."""
+    """Undoes `before_start`, as this process may join another machine's cluster next."""
     from ray._private import ray_constants
 
     constants: Any = ray_constants
@@ -72,15 +72,15 @@ def after_end() -> None:
 
 
 def _set_token() -> None:
-    # one of this run's own leaves no file in the user's home, which would switch authentication on
+    # without one Ray writes a token file to the user's home, which would switch authentication on
     # for every cluster that they start later
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 class Watch:
-    """A thread that looks after Ray's own processes. Nothing can be done without them, and Ray
-    itself waits a minute for them to come back before it ends its driver without a word: this ends
-    it at once, with the reason in its last line."""
+    """A thread that watches Ray's own processes and ends this process, with the reason in its last
+    line, when one is gone. Ray itself would wait a minute for its return and then end the driver
+    without a message."""
 
     EVERY = 0.5
     """Seconds between two looks."""
@@ -91,7 +91,7 @@ class Watch:
         self._thread.start()
 
     def close(self) -> None:
-        """From now on they may end."""
+        """Stops watching, before Ray is shut down."""
         self._over.set()
         self._thread.join()
 
@@ -106,18 +106,18 @@ class Watch:
                     f"Ray's {dead[0]} was killed or has failed, and with it the cluster that was"
                     " started here; start it again to go on (a run with --resume auto)"
                 )
-                # what is left of it would wait as long; actors end with the raylet
+                # Ray's other processes would wait for a minute, too; actors end with the raylet
                 node.kill_all_processes(check_alive=False, allow_graceful=False)
-                os._exit(FAILED)  # no thread can be talked out of waiting for Ray
+                os._exit(FAILED)  # an exception would not reach threads that wait for Ray
 
 
 @contextmanager
 def another_process_group() -> Iterator[None]:
-    """Processes started within belong to another process group than this process. `timeout`, a
-    shell's job control and service managers signal a group: SIGTERM would end Ray under a driver
-    that still has to save."""
+    """A context in which new processes belong to another process group than this one. `timeout`,
+    a shell's job control and service managers signal a whole group: SIGTERM would end Ray while the
+    driver still has to save."""
+    # a `cat` makes the group, for this process to join; it ends with its input
     ours = os.getpgrp()
-    # ends with its input
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, process_group=0) as first:
         with suppress(PermissionError):  # the leader of a session cannot leave its group
             os.setpgid(0, first.pid)

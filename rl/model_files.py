@@ -1,5 +1,5 @@
-"""The model that a run starts from: what `model.path` names, looked at before Ray starts, and made
-ready for the actors."""
+"""The model that a run starts from: checks of `model.path` before Ray starts, and the preparation
+of its files for the actors."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ TOKENIZER_FILES = (
 )
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 ENDS_OF_TURNS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
-"""Of a model that was taught to chat, whatever template a run gives it."""
+"""Tokens that end a turn of chat models, whatever template a run gives them."""
 TINY_TOKENIZER_BYTES = 65_536
-"""More than any tiny model's tokenizer.json has."""
+"""Size that no tiny model's tokenizer.json reaches."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def check_model(config: Config) -> None:
-    """`ConfigError` for what the actors would stumble over, of local files and of what the Hub says
-    of an id."""
+    """Raises `ConfigError` for a model that the actors could not load, by its local files or by the
+    Hub's answer for an id."""
     check_files(config)
     path, critic = config.model.path, config.critic.path
     if path is not None and _local(path) is None:
@@ -46,7 +46,7 @@ def check_model(config: Config) -> None:
 
 
 def check_files(config: Config) -> None:
-    """The same of local files alone: nothing is asked of the Hub."""
+    """`check_model` for local files only, without the Hub."""
     if config.model.path is not None:
         _check_path("model.path", config.model.path, config.rollout.engine)
     if config.advantage.needs_critic and config.critic.path is not None:
@@ -57,9 +57,12 @@ def prepare_model(
     config: Config, run_dir: Path, tell: Callable[[str], None], *, anew: bool = True
 ) -> str:
     """The model that the actors load: an absolute directory or a Hub id. A GGUF file is converted,
-    a tiny model made, once, in the run's `model_init`, `anew` where an earlier try may have left
-    one of other settings there; a Hub id's files are fetched into Hugging Face's cache. tell: a
-    person reads what takes its time."""
+    or a tiny model made, in the run's `model_init`; a Hub id's files are downloaded to Hugging
+    Face's cache.
+
+    anew: replace an earlier `model_init`, which may be of other settings. tell: called with a line
+    for each step that takes time.
+    """
     path, made = config.model.path, (run_dir / "model_init").absolute()
     if anew:
         shutil.rmtree(made, ignore_errors=True)
@@ -94,10 +97,10 @@ def prepare_model(
 
 
 def load_tokenizer(model_path: str, settings: DataConfig) -> Any:
-    """The model's tokenizer with the chat template that the settings of the data choose;
-    `ConfigError` where there is none.
+    """The model's tokenizer with the chat template that the data settings choose. Raises
+    `ConfigError` if there is none.
 
-    What it decodes is what the tokens say: no spaces are taken out before full stops and the like.
+    It decodes tokens literally, without removing spaces before punctuation.
     """
     tokenizer = model_tokenizer("model.path", model_path)
     tokenizer.clean_up_tokenization_spaces = False
@@ -107,8 +110,8 @@ def load_tokenizer(model_path: str, settings: DataConfig) -> Any:
 
 
 def model_tokenizer(key: str, path: str) -> Any:
-    """The tokenizer of a model that `key` names, as its files have it; `ConfigError` where there is
-    none."""
+    """The tokenizer in a model's files. Raises `ConfigError`, which names the setting `key`, if it
+    cannot be loaded."""
     _quiet()
     local = _local(path)
     if local is None:
@@ -136,7 +139,7 @@ def _made_here(folder: Path) -> bool:
 
 
 def check_directory(key: str, path: str) -> None:
-    """`ConfigError` where a model that no engine serves is neither a directory with its parts nor a
+    """Raises `ConfigError` if a model that no engine serves is neither a model directory nor a
     possible Hub id."""
     _check_path(key, path, engine=None)
 
@@ -171,7 +174,7 @@ def _end_tokens(model_path: str) -> list[int]:
 
 
 def check_adapters(config: Config, model_path: str) -> None:
-    """`ConfigError` where `model.lora` fits no layer."""
+    """Raises `ConfigError` if `model.lora` cannot be applied to the model."""
     if config.model.lora is None:
         return
     import torch
@@ -212,13 +215,14 @@ def gguf_file(key: str, path: Path) -> Path | None:
 
 
 def _local(path: str) -> Path | None:
-    """The absolute path where there is one, None where only the Hub can know the name."""
+    """The absolute path if it exists; None for a name that only the Hub can know."""
     local = Path(path).expanduser().absolute()
     return local if local.exists() else None
 
 
 def _check_path(key: str, path: str, engine: str | None) -> None:
-    """engine: as in `rollout.engine`, None where none serves the model."""
+    """Raises `ConfigError` unless `path` is a usable model or a possible Hub id. engine: as in
+    `rollout.engine`, None if no engine serves the model."""
     local = _local(path)
     if local is None:
         if _HUB_ID.fullmatch(path) is None or path.endswith(".gguf"):
@@ -242,7 +246,8 @@ def _check_path(key: str, path: str, engine: str | None) -> None:
 
 
 def _check_directory(key: str, folder: Path, engine: str | None) -> None:
-    """That a Hugging Face directory has its parts, and that the engine knows its architecture."""
+    """Raises `ConfigError` unless a Hugging Face directory has config, weights and (for an engine)
+    a tokenizer, and the engine supports its architecture."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -278,7 +283,7 @@ def _hub_config(key: str, path: str) -> Any:
     look_up()
     try:
         return AutoConfig.from_pretrained(path)
-    # what transformers raises for a missing model, and for a broken one
+    # transformers raises the first for a missing model, the second for a broken one
     except (OSError, ValueError) as error:
         raise _not_a_model(key, path, error) from error
 

@@ -1,4 +1,4 @@
-"""Which actor sits where, as plain numbers: needs neither Ray nor torch."""
+"""The assignment of actors to bundles of a placement group, computed without Ray and torch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .config.load import Config, ConfigError
 
 Role = Literal["learner", "rollout"]
 SHARE = 0.5
-"""Of a device, for Ray, that a learner and a rollout worker share."""
+"""Share of a device, in Ray's accounting, of a colocated learner or rollout worker."""
 PATIENCE = 10.0
-"""Seconds without a cluster's answer after which a person is told."""
+"""Seconds without a cluster's answer after which the user is told."""
 LOOK = 0.5
-"""Seconds between two looks at what a cluster has."""
+"""Seconds between two queries of a cluster's resources."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ActorSlot:
-    """Where one actor sits: its bundle of the placement group and the threads of its process."""
+    """The placement of one actor: its bundle of the placement group and its process's threads."""
 
     role: Role
     index: int
@@ -31,23 +31,23 @@ class ActorSlot:
     """Ray resources, e.g. `{"NPU": 1, "CPU": 4}`."""
     threads: int
     place: int
-    """Which bundle of the placement group; a colocated learner and rollout worker are in one."""
+    """Index of the bundle in the placement group; a colocated learner and worker share one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """One seat for every actor."""
+    """The slots of all actors."""
 
     device: str
     seats: tuple[ActorSlot, ...]
 
     def bundles(self) -> list[dict[str, float]]:
-        """Of the placement group: what the seats of each place need together."""
+        """The placement group's bundles: the sum of the resources of each one's slots."""
         places = sorted({seat.place for seat in self.seats})
         return [_sum(seat.bundle for seat in self.seats if seat.place == place) for place in places]
 
     def total(self) -> dict[str, float]:
-        """Ray resources of all seats together."""
+        """The sum of the Ray resources of all slots."""
         return _sum(seat.bundle for seat in self.seats)
 
     def describe(self) -> str:
@@ -66,7 +66,7 @@ ROLES: tuple[Role, ...] = ("learner", "rollout")
 
 
 def plan_placement(config: Config, roles: tuple[Role, ...] = ROLES) -> Placement:
-    """The seats of a configuration; `roles`: of these only, as where nothing learns.
+    """The placement of a configuration's actors. roles: only these, e.g. without learners.
 
     An actor's threads are its bundle's CPUs. On a CPU-only cluster that trains on-policy, learners
     and rollouts take turns, so each side may use the CPUs of both.
@@ -101,10 +101,10 @@ def plan_placement(config: Config, roles: tuple[Role, ...] = ROLES) -> Placement
 
 
 def check_capacity(placement: Placement, available: dict[str, float], where: str) -> None:
-    """`ConfigError` if the placement asks for more than there is."""
+    """Raises `ConfigError` if the placement needs more than `available`."""
     for name, wanted in placement.total().items():
         have = available.get(name, 0.0)
-        if wanted > have + 1e-9:
+        if wanted > have + 1e-9:  # fractions of CPUs and devices add up with rounding
             other = (
                 "cluster.cpus_per_learner and cluster.cpus_per_rollout"
                 if name == "CPU"
@@ -127,9 +127,9 @@ def wait_for_nodes(
     where: str,
     tell: Callable[[str], None],
 ) -> None:
-    """Until a cluster has (`have`) what the placement needs: nodes may be about to register, or an
-    autoscaler to bring them, which sees the placement group. `ConfigError` after so many seconds,
-    which are `cluster.join_timeout`."""
+    """Waits until a cluster has (`have`) the resources of the placement: nodes may still register,
+    or an autoscaler start them for the placement group. Raises `ConfigError` after `seconds`
+    (`cluster.join_timeout`)."""
     deadline, told = time.monotonic() + seconds, False
     while True:
         try:
@@ -152,8 +152,8 @@ def wait_for_grant(
     free: Callable[[], dict[str, float]],
     tell: Callable[[str], None],
 ) -> None:
-    """Until Ray's placement group has its resources, which others may hold. `ConfigError` after
-    `cluster.start_timeout`."""
+    """Waits until Ray's placement group has its resources, which others may hold. Raises
+    `ConfigError` after `timeout` seconds (`cluster.start_timeout`)."""
     wanted = resources_text(placement.total())
     granted = group.wait(timeout_seconds=min(PATIENCE, timeout))
     if not granted:

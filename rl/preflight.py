@@ -1,5 +1,5 @@
-"""Checks of data, rewards, template and functions of one's own before Ray and the actors start, and
-by `--dry-run`."""
+"""Checks of data, rewards, chat template and the user's own functions, before Ray and the actors
+start and for `--dry-run`."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from .data.templates import PromptWriter
 from .teacher_checks import check_teachers
 
 _REFERENCES = 256
-"""Rows of a table whose references are tried."""
+"""Rows of a table whose references are checked."""
 _RUN = 16
-"""Of these, where that may run programs."""
+"""Rows of a table whose references are checked, if that may run programs."""
 _RENDERED = 64
-"""Rows of a table that go through the chat template."""
+"""Rows of a table that are rendered by the chat template."""
 
 
 def check_inputs(config: Config, *, hub: bool = False) -> list[str]:
-    """Reads the first rows of every file, imports the rewards and tries both on each other, and a
-    loss and an advantage of one's own on tiny batches. Returns what a person should know;
-    `ConfigError` for what would end the run. hub: data sets and models of the Hub too, which may be
-    fetched."""
+    """Reads the first rows of every file, checks their references with the rewards, and tries a
+    user's own loss and advantage on tiny batches. Returns remarks for a person; raises
+    `ConfigError` for what would end the run. hub: also check data sets and models of the Hub, which
+    may be downloaded."""
     with user_errors():
         if config.loss.kind not in LOSSES:
             load_loss(config.loss.kind, config.loss.options, PluginFile.of(config.loss.kind))
@@ -75,7 +75,7 @@ def check_inputs(config: Config, *, hub: bool = False) -> list[str]:
 
 
 def _check_sets(config: Config, hub: bool) -> list[str]:
-    """The same of the sets of problems that a run is evaluated on: ValueError names the set."""
+    """The same checks of the evaluation sets. Raises ValueError, which names the set."""
     said: list[str] = []
     for name, own in config.eval.sets.items():
         settings, parts = own.beside(config.data), config.reward.parts
@@ -98,7 +98,7 @@ def _check_sets(config: Config, hub: bool) -> list[str]:
 
 
 def _check_parts(config: Config, hub: bool) -> list[str]:
-    """The same of every source of a mixture at every level."""
+    """The same checks of every source of a mixture at every level."""
     check_teachers(config, [], hub=hub)
     with user_errors():
         said = _check_sets(config, hub)
@@ -117,7 +117,7 @@ def _check_parts(config: Config, hub: bool) -> list[str]:
 
 
 def _check_difficulty(settings: DataConfig, heads: Sequence[Head]) -> None:
-    """ValueError where `data.curriculum.rate_column` is to be had of no row, or is no pass rate."""
+    """Raises ValueError if `data.curriculum.rate_column` has no numbers, or one outside 0 to 1."""
     column = settings.curriculum.rate_column
     if column is None:
         return
@@ -141,8 +141,7 @@ def _check_difficulty(settings: DataConfig, heads: Sequence[Head]) -> None:
 
 
 def _heads(settings: DataConfig, hub: bool) -> tuple[list[Head], list[Head]]:
-    """Of the problems to train on, and of those to be evaluated on where they have tables of their
-    own."""
+    """(heads of the training tables, heads of separate evaluation tables)."""
     if not is_table(settings):
         return [], []
     return tuple(  # type: ignore[return-value]
@@ -169,8 +168,8 @@ def _said_of(head: Head) -> list[str]:
 
 
 def _said_of_sizes(config: Config, train: Sequence[Head], evaluation: Sequence[Head]) -> list[str]:
-    """A held-out side that takes too much, an evaluation that takes too little, a set smaller than
-    a step."""
+    """Remarks on sizes: a held-out part that takes too many problems, an evaluation that uses only
+    some, a training set smaller than a step. Raises ValueError if nothing is left to train on."""
     data, lines = config.data, []
     problems = sum(len(head.problems.rows) for head in train)
     if train and all(head.whole for head in train):
@@ -200,8 +199,8 @@ def _said_of_sizes(config: Config, train: Sequence[Head], evaluation: Sequence[H
 
 
 def check_references(settings: DataConfig, suite: RewardSuite, head: Head) -> list[str]:
-    """Tries the first problem and the first references. ValueError where the reward cannot grade
-    most of them."""
+    """Tries the reward on the first problem and the first references; returns a remark if some are
+    left out. Raises ValueError if it cannot grade most of them."""
     prompts = [
         prompt for prompt, _ in zip(head.prompts(settings.name), range(_REFERENCES), strict=False)
     ]
@@ -229,11 +228,11 @@ def check_references(settings: DataConfig, suite: RewardSuite, head: Head) -> li
 
 
 def _refusals(suite: RewardSuite, inputs: Sequence[RewardInput]) -> list[str | None]:
-    """Why a reference is refused by the first part that says so; programs are not run for it, only
-    their tests read."""
+    """For each reference the first part's reason to refuse it, or None. Tests of programs are read,
+    but not run."""
     refusals: list[str | None] = [None] * len(inputs)
     for part in suite.parts:
-        if isinstance(part.reward, BySource):  # which runs what its code rows have of solutions
+        if isinstance(part.reward, BySource):  # which may run the solutions of its code rows
             messages = part.reward.check_references(inputs[:_RUN])
         else:
             messages = [part.reward.check_reference(row) for row in inputs]
@@ -243,8 +242,8 @@ def _refusals(suite: RewardSuite, inputs: Sequence[RewardInput]) -> list[str | N
 
 
 def _tokenizer(config: Config, hub: bool) -> Any:
-    """The tokenizer of a directory that has a tokenizer.json (of the Hub, with `hub`), else None:
-    it is seen later."""
+    """The tokenizer of a directory with a tokenizer.json (with `hub` also of the Hub); else None,
+    as it is checked later."""
     path = config.model.path
     if path is None:
         return None
@@ -261,7 +260,7 @@ def _tokenizer(config: Config, hub: bool) -> Any:
 
 
 def _render(settings: DataConfig, tokenizer: Any, head: Head) -> None:
-    """ValueError where the template refuses one of the first rows."""
+    """Raises ConfigError if the template refuses one of the first rows."""
     writer = PromptWriter(settings, tokenizer)
     for prompt, _ in zip(head.prompts(settings.name), range(_RENDERED), strict=False):
         try:

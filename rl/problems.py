@@ -1,4 +1,4 @@
-"""The problems of a run and the rewards that mark answers to them, checked before training."""
+"""The problems of a run and the rewards for answers to them, checked before training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Problems:
     """The problems of a run, and the rewards for answers to them."""
 
     config: Config
-    """With the numbers of steps that follow from the size of the data."""
+    """The configuration, with the numbers of steps that follow from the size of the data."""
     tokenizer: Any
     source: PromptSource
     suite: RewardSuite
@@ -33,7 +33,7 @@ class Problems:
 
 
 def open_problems(config: Config, model_path: str, opened: ExitStack) -> Problems:
-    """Reads the data and starts the rewards, which end with `opened`."""
+    """Reads the data and starts the rewards, which `opened` closes."""
     tokenizer = load_tokenizer(model_path, config.data)
     with user_errors():
         if config.rollout.stop:
@@ -59,8 +59,9 @@ def open_problems(config: Config, model_path: str, opened: ExitStack) -> Problem
 
 
 def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> RewardSuite:
-    """The reward suite, tried on one problem, with every reference of a finite data set checked
-    before training."""
+    """The reward suite, after a trial on one problem and a check of every reference of a finite
+    data set. Raises ConfigError if there is nothing to evaluate on, or if references cannot be
+    graded and may not be left out."""
     if (
         config.grades
         and config.eval.size != 0

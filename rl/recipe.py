@@ -1,4 +1,4 @@
-"""A run from configuration to result: puts the parts together and goes through the stages."""
+"""A run from configuration to result: creates the parts and runs the stages."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Result:
     updates: int = 0
     """Optimizer steps of the policy in RL."""
     warnings: tuple[str, ...] = ()
-    """Doubtful settings, and what was said of a run that does not learn."""
+    """Doubtful settings, and warnings about a run that does not learn."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -87,7 +87,7 @@ class Result:
 
 def train(config: Config, *, resume: Resume = "never", override: bool = False) -> Result:
     """Runs all stages. resume: go on from the last checkpoint, `auto` if there is one. Raises
-    `ConfigError` before Ray starts where the fault can be known by then."""
+    `ConfigError`, before Ray starts if the fault can be known by then."""
     started = time.time()
     tell = partial(say, make_console())
     for line in said_at_start(config):
@@ -114,7 +114,7 @@ def train(config: Config, *, resume: Resume = "never", override: bool = False) -
             forget_tracked(run_dir, anew=checkpoint is None)
         model = beside.submit(ready_model, config, run_dir, tell, checkpoint is None)
         if config.model.path is not None or config.model.lora is not None:
-            model.result()  # what is wrong with it is said before Ray starts
+            model.result()  # raises what is wrong with it before Ray starts
         attempts = Attempts(run_dir, config.cluster.max_restarts, checkpoint, tell)
         while True:
             try:
@@ -135,8 +135,8 @@ def ready_model(config: Config, run_dir: Path, tell: Callable[[str], None], anew
 
 
 class Attempts:
-    """The checkpoint that a run goes on from after a failure, and how often: `cluster.max_restarts`
-    times in a row, each checkpoint anew."""
+    """The checkpoint from which a run resumes after a failure, and the number of attempts left:
+    `cluster.max_restarts` in a row, counted anew after every new checkpoint."""
 
     def __init__(
         self, run_dir: Path, most: int, checkpoint: Path | None, tell: Callable[[str], None]
@@ -148,7 +148,8 @@ class Attempts:
         self._tell = tell
 
     def another(self, error: Exception, what: str) -> None:
-        """Allows one more attempt; raises the error where there were enough. what: happens then."""
+        """Allows one more attempt, or raises the error if none is left. what: the beginning of the
+        message for the user, e.g. `all actors are started`."""
         newest = latest_checkpoint(self.run_dir, self._tell)
         if newest != self.checkpoint:
             self._left = self._most
@@ -170,7 +171,7 @@ def with_learners(
     stop: threading.Event,
     started: float,
 ) -> Result:
-    """The run to its end, with new learners where these are lost, while the engines stay."""
+    """Runs to the end; lost learners are replaced while the engines stay."""
     while True:
         try:
             return run_attempt(config, cluster, model_path, attempts, stop, started)
@@ -187,11 +188,11 @@ def run_attempt(
     stop: threading.Event,
     started: float,
 ) -> Result:
-    """The run from a checkpoint, or from the beginning, to its end. started: when the run began,
-    less the time in which it did not run."""
+    """Runs from a checkpoint, or from the beginning, to the end. started: `time.time()` of the
+    run's beginning, moved on by the time in which it did not run."""
     run_dir, checkpoint = attempts.run_dir, attempts.checkpoint
     progress = stand_of(config, run_dir, checkpoint)
-    # engines that have served a later one take no version back
+    # engines refuse a version below one that they have served
     progress = progress.advance(version=max(progress.version, cluster.next_version))
     console = make_console()
     with ExitStack() as opened:
@@ -233,7 +234,8 @@ def run_attempt(
 
 
 def stand_of(config: Config, run_dir: Path, checkpoint: Path | None) -> Progress:
-    """Where the checkpoint stands (None: the beginning); figures of later steps are forgotten."""
+    """The checkpoint's progress (None: the beginning); removes metrics and samples of later
+    steps."""
     if checkpoint is None:
         return Progress()
     progress = read_progress(checkpoint)
@@ -253,7 +255,7 @@ def open_sync(
     tracker: Tracker,
     progress: Progress,
 ) -> WeightSync:
-    """The way of the weights from these learners to these engines, and how they are proved."""
+    """The weight sync from these learners to these engines, with its probe and proof requests."""
     config = problems.config
     longest = config.max_model_length
     logp, p = progress.probe_noise_logp, progress.probe_noise_p
@@ -276,7 +278,7 @@ def open_sync(
 
 
 async def go(run: Run, checkpoint: Path | None, imitated: Imitated | None = None) -> Result:
-    """All stages from where `run.progress` stands. imitated: what a supervised stage learns."""
+    """Runs all stages from `run.progress` on. imitated: the data of a supervised stage."""
     stages: dict[str, Callable[[Run], Awaitable[None]]]
     stages = {"rl": train_rl, "reject": sample_accepted}
     if imitated is not None:
@@ -314,7 +316,7 @@ async def go(run: Run, checkpoint: Path | None, imitated: Imitated | None = None
             else (f"add --resume run_dir={run.run_dir} to go")
         )
         run.tracker.note(f"saved; {again} on")
-    except Exception as error:  # whatever it was, who sees the trackers alone is told
+    except Exception as error:  # also for those who see only the trackers
         run.tracker.alert("this attempt ended by an error", f"{type(error).__name__}: {error}")
         raise
     run.tracker.end()
@@ -329,8 +331,8 @@ async def go(run: Run, checkpoint: Path | None, imitated: Imitated | None = None
 
 
 def begin_stage(run: Run, checkpoint: Path | None) -> None:
-    """Fresh optimizers for the stage that is next; weights and optimizers of the checkpoint where
-    there is one."""
+    """Makes new optimizers for the next stage, or restores weights and optimizers of the
+    checkpoint."""
     config = run.config
     name = config.stages[run.progress.stage]
     if name == "rl":
@@ -359,7 +361,7 @@ def result_of(run: Run, status: str) -> Result:
 
 
 def finish(run: Run) -> None:
-    """The model that a user takes away, and the picture."""
+    """Copies the newest checkpoint's model to `model/` and draws the learning curve."""
     newest = latest_checkpoint(run.run_dir)
     if newest is not None and (newest / "config.json").is_file():
         model = run.run_dir / "model"

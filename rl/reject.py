@@ -21,14 +21,14 @@ from .run_directory import METRICS, asked_to_stop, read_metrics
 
 SAMPLES = "samples.jsonl"
 PARTS = "samples"
-"""Folder with the rows of each step, so that a stage that was killed goes on."""
+"""Folder with the rows of each step, so that a stage that was killed can resume."""
 CUT = "cut"
-"""Beside the verdicts' statuses: answers that a limit ended, whatever they hold."""
+"""Outcome of an answer that reached the length limit, besides the verdicts' statuses."""
 
 
 async def sample_accepted(run: Run) -> None:
     """Samples answers to `reject.problems` problems and writes those that are accepted to
-    `samples.jsonl`. `ConfigError` where there is none."""
+    `samples.jsonl`. Raises `ConfigError` if none is accepted."""
     config, at_a_time = run.config.reject, run.config.schedule.prompts_per_step
     problems = config.problems or run.source.size
     assert problems, "a source without end, but reject.problems is not set"
@@ -64,13 +64,14 @@ async def sample_accepted(run: Run) -> None:
         finish_checkpoint(folder, run.progress, run.config.checkpoint.keep, run.config)
     try:
         gather_samples(run.run_dir, steps)
-    except ConfigError:  # started again, perhaps with other settings, it is to sample anew
+    # with its checkpoints a restart, perhaps with other settings, would sample nothing anew
+    except ConfigError:
         shutil.rmtree(run.run_dir / CHECKPOINTS, ignore_errors=True)
         raise
 
 
 def accepted(run: Run, group: Group) -> list[Mapping[str, Any]]:
-    """The first `reject.keep` correct answers that differ, each as a row with the whole
+    """The first `reject.keep` different correct answers, each as a row with the whole
     conversation."""
     by_text: dict[str, Mapping[str, Any]] = {}
     for completion, status in zip(group.completions, outcomes(group), strict=True):
@@ -98,7 +99,7 @@ def outcomes(group: Group) -> list[str]:
 
 
 def figures_of(groups: Sequence[Group], rows: int) -> dict[str, float]:
-    """Counts of a step: answers by their outcome, rows kept, tokens."""
+    """The metrics of a step: answers by outcome, rows kept, tokens."""
     counts = Counter(outcome for group in groups for outcome in outcomes(group))
     answers = sum(counts.values())
     tokens = sum(c.num_sampled for group in groups for c in group.completions)
@@ -123,7 +124,7 @@ def totals(run_dir: Path) -> Counter[str]:
 
 
 def gather_samples(run_dir: Path, steps: int) -> None:
-    """Puts the rows of all steps into one file; `ConfigError` where there is none."""
+    """Joins the rows of all steps in one file. Raises `ConfigError` if there are none."""
     parts = [(run_dir / PARTS / f"{step:06}.jsonl") for step in range(1, steps + 1)]
     text = "".join(part.read_text(encoding="utf-8") for part in parts)
     if not text:

@@ -1,4 +1,4 @@
-"""A run's parts, put together: what the stages share, and the few things that all of them do."""
+"""The parts of a run that its stages share, and the operations that all of them use."""
 
 from __future__ import annotations
 
@@ -43,22 +43,21 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 GRADERS = 8
-"""Groups that are marked at the same time, of training and of evaluation each; rewards have
-processes of their own."""
+"""Groups graded at the same time, of training and of evaluation each; rewards have processes of
+their own."""
 CLOSE_S = 5.0
-"""Seconds for tasks that were cancelled."""
+"""Seconds that cancelled tasks get to end."""
 THREADS = 32
-"""Of the driver, for what blocks: grading, learners, starting actors."""
+"""The driver's threads for blocking calls: grading, learners, starting actors."""
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved what it goes on from."""
+    """The run was asked to stop and has saved a checkpoint."""
 
 
 @dataclass(kw_only=True)
 class Run:
-    """Owns the progress of a run that is under way, beside the parts that all stages use; only the
-    progress changes."""
+    """The parts of a running run that all stages use, and its progress, which alone changes."""
 
     config: Config
     run_id: str
@@ -82,11 +81,11 @@ class Run:
     """The progress of the learners' weights; None while a step changes these."""
     _writing: asyncio.Task[None] | None = None
     evaluation: asyncio.Task[None] | None = None
-    """Goes on beside the training; None once somebody has waited for it."""
+    """The evaluation that runs beside the training; None once it was awaited."""
 
     def sampling(self, step: int) -> Sampling:
-        """How this step's answers are drawn: with the prompt and the sample's index the step fixes
-        every draw."""
+        """The sampling parameters of a step, whose seed fixes, with the prompt and the sample's
+        index, every draw."""
         rollout = self.config.rollout
         return Sampling(
             max_tokens=rollout.max_response_length,
@@ -94,6 +93,7 @@ class Run:
             **rollout.cuts,
             stop_token_ids=self.stop_token_ids,
             stop=rollout.stop,
+            # distinct for every (seed, step), up to a million steps
             seed=self.config.seed * 1_000_003 + step,
         )
 
@@ -104,8 +104,8 @@ class Run:
         sampling: Sampling,
         suite: RewardSuite | None = None,
     ) -> list[Group]:
-        """n answers to each prompt, in the order of the prompts, marked by `suite` (None: the
-        run's) while others are still decoded."""
+        """The groups of n answers to each prompt, in the prompts' order, graded by `suite` (None:
+        the run's) while others are still decoded."""
         groups: dict[int, Group] = {}
         async for index, completions in self.pool.generate(prompts, n, sampling):
             groups[index] = await asyncio.to_thread(
@@ -124,8 +124,8 @@ class Run:
         max_tokens: int = 0,
         step: int | None = None,
     ) -> Group:
-        """As of `AnswerReader`, by `suite` (None: the run's reward), at `step` (None: that of this
-        moment)."""
+        """`AnswerReader.grade` by `suite` (None: the run's reward), at `step` (None: the current
+        one)."""
         with self.tracker.spans.span("graders", "grade"):
             return self.answers.grade(
                 prompt,
@@ -138,7 +138,7 @@ class Run:
 
     @cached_property
     def answers(self) -> AnswerReader:
-        """How sampled answers are read."""
+        """The reader of sampled answers."""
         return AnswerReader(
             tokenizer=self.tokenizer,
             rollout=self.config.rollout,
@@ -146,7 +146,7 @@ class Run:
         )
 
     async def publish(self, *, new_version: bool = True, wait: bool = True) -> dict[str, float]:
-        """Has every worker serve the learners' weights (`WeightSync.publish`)."""
+        """Makes every worker serve the learners' weights (`WeightSync.publish`)."""
         version = self.progress.version + new_version
         figures = await self.weights.publish(version, wait=wait)
         self.progress = self.progress.advance(version=version)
@@ -154,7 +154,7 @@ class Run:
 
     @asynccontextmanager
     async def learning(self) -> AsyncIterator[None]:
-        """While the learners work on devices that they share with engines, these sleep."""
+        """A context in which the learners work; engines on the same devices sleep meanwhile."""
         level = self.config.cluster.sleep_level if self.config.cluster.colocated else 0
         if level:
             await self.pool.sleep(level)
@@ -163,18 +163,19 @@ class Run:
             await self.pool.wake()  # which changes nothing where a new version has woken them
 
     async def evaluated(self) -> None:
-        """Waits for the evaluation that is under way, if there is one; raises its errors."""
-        evaluation, self.evaluation = self.evaluation, None
+        """Waits for the running evaluation, if there is one; raises its error."""
+        evaluation = self.evaluation
+        self.evaluation = None
         if evaluation is not None:
             await evaluation
 
     def checkpoint(self, step: int) -> str:
-        """The name of this stage's checkpoint after so many steps."""
+        """The name of this stage's checkpoint after `step` steps."""
         return f"{self.config.stages[self.progress.stage]}-{step:06}"
 
     async def save(self, *, needed: bool = False) -> None:
-        """A checkpoint of this moment, which is written while the run goes on; waits for the one
-        before it, and if it is `needed` for this one too (`saved`)."""
+        """Begins a checkpoint of the current state, which is written while the run goes on; waits
+        for the one before it, and if it is `needed` for this one too (`saved`)."""
         await self.saved()
         if self.progress.evaluating not in (None, self.progress.step):
             await self.evaluated()  # from this checkpoint it could not be done again
@@ -195,16 +196,17 @@ class Run:
             self._could_not(name, error, needed)
             return
         self._writing = asyncio.create_task(self._write(name, self.progress, needed))
-        # if the run fails otherwise first, nobody asks for it
+        # retrieves its error: if the run fails otherwise first nobody awaits it
         self._writing.add_done_callback(lambda task: task.cancelled() or task.exception())
         if needed:
             await self.saved()
 
     async def saved(self) -> None:
-        """Until the checkpoint that is being written is on the disk. One that cannot be written is
-        said and the run goes on, unless it was `needed` or `checkpoint.max_failures` failed in a
-        row: OSError."""
-        writing, self._writing = self._writing, None
+        """Waits until the checkpoint that is being written is on the disk. A failure is reported
+        and the run goes on; raises OSError if it was `needed`, or after `checkpoint.max_failures`
+        in a row."""
+        writing = self._writing
+        self._writing = None
         if writing is not None:
             await writing  # the ranks' part has a deadline
 
@@ -239,9 +241,9 @@ class Run:
         self.tracker.alert(f"checkpoint {name} could not be written", text)
 
     async def rescue(self, error: Exception) -> None:
-        """After an error that ends the run, or this attempt: what the learners hold is saved, if
-        that is the state after some step, and it is not on the disk yet."""
-        with suppress(OSError, ActorLostError):  # it was said, or the learners are what is lost
+        """Saves the learners' weights after an error that ends the run, or this attempt, if they
+        are the state after some step that is not on the disk yet."""
+        with suppress(OSError, ActorLostError):  # reported already, or the cause of `error`
             await self.saved()
         held, newest = self.held, latest_checkpoint(self.run_dir)
         if isinstance(error, LearnersLostError | CallFailedError | OSError) or held is None:
@@ -257,14 +259,14 @@ class Run:
                 accuracy_end=reached.accuracy_end,
             )
             await self.save(needed=True)
-        except Exception as failure:  # the first error is what the run ends by
+        except Exception as failure:  # the run is to end by the first error
             self.tracker.note(f"the step before could not be saved: {failure}")
             return
         self.tracker.note(f"saved {self.config.stages[held.stage]} step {held.step}")
 
     async def stop_if_asked(self) -> None:
-        """Between two steps: saves and raises `Interrupted` if a signal or `emberl stop` came.
-        Raises what made a checkpoint fail."""
+        """To be called between two steps: saves and raises `Interrupted` if a signal or
+        `emberl stop` came. Raises OSError for a checkpoint that failed (`saved`)."""
         self.held = self.progress
         if self._writing is not None and self._writing.done():
             await self.saved()
@@ -275,8 +277,8 @@ class Run:
 
 
 def on_loop(work: Coroutine[Any, Any, T]) -> T:
-    """Its result, on an event loop of its own. Unlike `asyncio.run` it waits for no thread at the
-    end: where something failed, one may wait for an actor that the caller is about to end."""
+    """Runs a coroutine on a new event loop. Unlike `asyncio.run` it does not wait for threads at
+    the end: after a failure one may wait for an actor that the caller is about to end."""
     loop = asyncio.new_event_loop()
     loop.set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="driver"))
     try:
@@ -292,8 +294,8 @@ def on_loop(work: Coroutine[Any, Any, T]) -> T:
 
 @contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; a second one interrupts whatever is
-    running."""
+    """A context with an event that the first Ctrl-C or SIGTERM sets; a second one raises
+    KeyboardInterrupt."""
     stop = threading.Event()
 
     def ask(number: int, frame: FrameType | None) -> None:

@@ -1,5 +1,5 @@
-"""The directory of a run: which one a start takes or goes on with, and that one run alone writes
-there.
+"""The directory of a run: its choice for a new or a resumed run, and the lock by which one run
+alone writes there.
 
 <run_dir>/config.yaml  metrics.jsonl  samples.md  learning_curve.png  model/  checkpoints/
 """
@@ -26,28 +26,29 @@ STOP = "stop"
 """A file that asks the run of this directory to save after its step and to end."""
 LOCK = ".lock"
 RESULT = "result.json"
-"""The line with which a run ended, of its last attempt that did."""
+"""The result line of the last attempt that ended normally."""
 SUMMARY = "summary.json"
-"""Of a recipe, in its directory from the beginning."""
+"""The summary of a recipe, in its directory from the beginning."""
 
 Resume = Literal["never", "must", "auto"]
-"""Whether a start goes on from a checkpoint: `auto` where there is one, else from the beginning."""
+"""Whether a start resumes from a checkpoint; `auto`: if there is one."""
 
 
 RECORDS = ("alerts.jsonl", "system.jsonl", "spans.jsonl")
-"""Beside `METRICS`: lines by the clock, of all attempts."""
+"""Files besides `METRICS` with timestamped lines of all attempts."""
 ANSWERS = ("rollouts", "lengths.parquet")
-"""Folders with a file for each step."""
+"""Folders with one file for each step."""
 
 
 def open_run_dir(
     config: Config, resume: Resume, tell: Callable[[str], None] = lambda _: None
 ) -> tuple[Path, Path | None]:
-    """The run's directory, and the checkpoint to go on from; `ConfigError` where that cannot be.
+    """The run's directory, and the checkpoint to resume from (None: a new run). Raises
+    `ConfigError` if it cannot be written, holds another run, or has no checkpoint though it must.
 
     A new run never writes into an old one: without `run_dir` it takes the next free of
     `runs/<name>`, `runs/<name>-2`, ..., and a resumed run the newest of these that has a
-    checkpoint. tell: which checkpoints are passed over, and why.
+    checkpoint. tell: called with a line for each checkpoint that is skipped.
     """
     try:
         if config.run_dir:
@@ -68,9 +69,9 @@ def open_run_dir(
 def forget_earlier(
     run_dir: Path, *, anew: bool, tell: Callable[[str], None] = lambda _: None
 ) -> None:
-    """Removes what earlier attempts left that is not this one's: a wish to stop, checkpoints half
-    written (tell: which), and, if `anew`, the figures of a start that came to nothing. Only while
-    `alone_in` it: they may be a living run's."""
+    """Removes leftovers of earlier attempts: a request to stop, half-written checkpoints (`tell`
+    names them), the result and, if `anew`, the metrics of a start without a checkpoint. To be
+    called within `alone_in`, as they may belong to a running run."""
     asked_to_stop(run_dir)
     remove_halves(run_dir, tell)
     (run_dir / RESULT).unlink(missing_ok=True)
@@ -79,7 +80,7 @@ def forget_earlier(
 
 
 def forget_figures(run_dir: Path) -> None:
-    """Removes the figures and answers of a start that came to nothing."""
+    """Removes the metrics and answers of a start without a checkpoint."""
     for name in (METRICS, SAMPLES, *RECORDS):
         (run_dir / name).unlink(missing_ok=True)
     for name in ANSWERS:
@@ -140,7 +141,7 @@ def _number(path: Path, base: Path) -> int | None:
 
 @contextmanager
 def alone_in(run_dir: Path) -> Iterator[None]:
-    """While no other process writes there; `ConfigError` where one does."""
+    """A context that holds the directory's lock. Raises `ConfigError` if another run has it."""
     with (run_dir / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,7 +151,7 @@ def alone_in(run_dir: Path) -> Iterator[None]:
                 f"run_dir={run_dir} is written by another run, {file.read().strip()}; wait for it,"
                 " end it (emberl stop), or set another run_dir"
             ) from error
-        except OSError:  # a file system without locks: nothing can be said
+        except OSError:  # a file system without locks: run without one
             yield
             return
         file.truncate(0)
@@ -160,8 +161,8 @@ def alone_in(run_dir: Path) -> Iterator[None]:
 
 
 def asked_to_stop(run_dir: Path) -> bool:
-    """Whether somebody put the file there, or into the directory of the recipe whose stage this
-    is; takes it away."""
+    """Whether the file `STOP` is in the directory, or in that of the recipe whose stage this is;
+    removes it."""
     for folder in (run_dir, *([run_dir.parent] if is_stage(run_dir) else [])):
         try:
             (folder / STOP).unlink()
@@ -177,7 +178,8 @@ def is_stage(run_dir: Path) -> bool:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """All rows; a last line that was cut off, by a full disk or a crash, is left out."""
+    """All rows of a metrics file; a last line that a full disk or a crash cut off is left out.
+    Raises ConfigError for any other line that is not JSON."""
     lines = file.read_text().splitlines()
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
@@ -194,8 +196,8 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 def trim_metrics(
     run_dir: Path, stage: str, step: int, stages: Sequence[str], *, evaluates: bool = False
 ) -> None:
-    """Drops the rows of steps that a resumed run will do again; evaluates: the evaluation of this
-    step, too."""
+    """Removes the rows of steps that a resumed run will repeat; evaluates: also the evaluation of
+    `step`."""
     file = run_dir / METRICS
     if not file.exists():
         return
@@ -212,8 +214,8 @@ def trim_metrics(
 
 
 def _done(own: str, own_step: int, stage: str, step: int, stages: Sequence[str]) -> int:
-    """Of a step `own_step` of a stage: 1 before `step` of `stage`, 0 that one, -1 beyond. One of a
-    stage that `stages` no longer has is done."""
+    """1 if step `own_step` of stage `own` is before `step` of `stage`, 0 if it is that one, -1 if
+    after it. Steps of a stage that is no longer in `stages` count as before."""
     if own not in stages:
         return 1
     at, reached = (stages.index(own), own_step), (stages.index(stage), step)
@@ -223,7 +225,7 @@ def _done(own: str, own_step: int, stage: str, step: int, stages: Sequence[str])
 def trim_samples(
     run_dir: Path, stage: str, step: int, stages: Sequence[str], *, evaluates: bool = False
 ) -> None:
-    """Drops from `samples.md` the evaluations that a resumed run will do again, as
+    """Removes from `samples.md` the evaluations that a resumed run will repeat, as
     `trim_metrics`."""
     file = run_dir / SAMPLES
     if not file.exists():

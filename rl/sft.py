@@ -1,5 +1,4 @@
-"""Supervised learning as a stage: what is imitated, the steps, and how well it does on what was
-held out."""
+"""Supervised learning as a stage: its data, its steps, and its evaluation on held-out data."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from .groups import Batch
 from .run import Run
 
 _PASS = 64
-"""Held-out sequences whose loss is taken at a time."""
+"""Held-out sequences whose loss is computed at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -38,7 +37,7 @@ class Imitated:
 
     @property
     def size(self) -> int | None:
-        """Rows in an epoch; None: they never repeat by design."""
+        """Rows in an epoch; None for a source that never repeats."""
         return self.source.size if self.rows is None else self.rows.size
 
     @property
@@ -64,7 +63,8 @@ class Imitated:
 
 
 def open_imitated(config: Config, source: PromptSource, tokenizer: Any) -> Imitated:
-    """Reads `sft.data`, where it is set, once. `ConfigError` for what is wrong with it."""
+    """Reads the worked solutions: `sft.data` if it is set, else those of `source`. Raises
+    `ConfigError` for faulty data."""
     sft, rows = config.sft, None
     with user_errors():
         if sft.data is not None:
@@ -105,12 +105,13 @@ def with_sft_steps(config: Config, rows: int | None) -> Config:
     sft = config.sft
     if sft.epochs is None or rows is None:
         return config
+    # a little less, or the rounding of a product that should be whole would add a step
     steps = max(1, math.ceil(sft.epochs * rows / sft.batch_size - 1e-9))
     return config.model_copy(update={"sft": sft.model_copy(update={"steps": steps})})
 
 
 async def train_sft(run: Run, imitated: Imitated) -> None:
-    """Supervised steps from where the run stands to `sft.steps`, each row once an epoch."""
+    """Runs supervised steps from the run's progress to `sft.steps`, each row once an epoch."""
     sft = run.config.sft
     run.tracker.begin("sft", run.progress.step, sft.steps)
     if run.progress.step == 0:
@@ -139,8 +140,8 @@ async def train_sft(run: Run, imitated: Imitated) -> None:
 
 
 async def look(run: Run, imitated: Imitated) -> None:
-    """The held-out loss and, with `sft.accuracy`, answers to held-out problems, of the weights of
-    this moment."""
+    """Logs the held-out loss of the current weights and, with `sft.accuracy`, their accuracy on
+    held-out problems."""
     step = run.progress.step
     if imitated.heldout:
         loss = await asyncio.to_thread(heldout_loss, run, imitated.heldout)
@@ -156,7 +157,7 @@ async def look(run: Run, imitated: Imitated) -> None:
 
 
 def heldout_loss(run: Run, examples: Sequence[Example]) -> float:
-    """Mean negative log-likelihood of a learnt token."""
+    """The mean negative log-likelihood, in nats, of a learnt token of these examples."""
     total, count = 0.0, 0
     for at in range(0, len(examples), _PASS):
         batch = example_batch(examples[at : at + _PASS])

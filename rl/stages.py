@@ -1,9 +1,9 @@
-"""Runs a recipe: each stage a run of its own in a directory of the recipe's, what is done skipped,
-and a table of what each stage gained.
+"""Runs a recipe: each stage as a run in a directory of its own, finished ones skipped, with a table
+of each stage's gain.
 
 <run_dir>/<stage>/{config.yaml, metrics.jsonl, model/ or samples.jsonl, ...}   as a single run's
 <run_dir>/<stage>/done.json     proof of completion: settings, inputs and their hash
-<run_dir>/summary.md, summary.json   what the stages that are done gained
+<run_dir>/summary.md, summary.json   results of the finished stages
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from .watch.console import make_console, say
 
 DONE = "done.json"
 FREE = ("name", "run_dir", "tracking", "cluster", "checkpoint", "sync")
-"""Groups that do not say what a stage makes: a stage that is done stays so under others."""
+"""Groups of settings that do not affect a stage's output: a finished stage stays valid if they
+change."""
 LENGTH = re.compile(r"val-aux/([^@]+/)?response_length/mean")
-"""Of answers without a thinking budget."""
+"""Metrics of the length of answers without a thinking budget."""
 COLUMNS = ("stage", "kind", "before", "after", "tokens", "steps", "minutes", "")
 
 
@@ -48,11 +49,11 @@ class Row:
     stage: str
     kind: str
     before: float | None = None
-    """Accuracy on held-out problems of the model that the stage started from."""
+    """Held-out accuracy of the model that the stage started from."""
     accuracy: float | None = None
-    """The same after the stage."""
+    """Held-out accuracy after the stage."""
     length: float | None = None
-    """Tokens of a held-out answer, the mean."""
+    """Mean number of tokens of a held-out answer."""
     steps: int = 0
     seconds: float = 0.0
     note: str = ""
@@ -65,9 +66,9 @@ def run_recipe(
     override: bool = False,
     run: Callable[..., Result] = train,
 ) -> dict[str, Any]:
-    """Runs the stages that are not done; `start`: that one and all after it, done or not. override:
-    a stage that was stopped goes on with other data or another model. Returns the summary.
-    `ConfigError` before anything is loaded where the fault can be known by then."""
+    """Runs the stages that are not done; returns the summary. start: run this one and all after it,
+    done or not. override: a stage that was stopped may go on with other data or another model.
+    Raises `ConfigError`, before anything is loaded if the fault can be known by then."""
     names = [stage.name for stage in recipe.stages]
     if start is not None and start not in names:
         raise ConfigError(f"--from {start}: there is no such stage; there are {', '.join(names)}")
@@ -91,7 +92,7 @@ def run_stages(
     tell: Callable[[str], None],
     run: Callable[[Config], Result],
 ) -> dict[str, Any]:
-    """Runs the stages that are not in `done`, and puts them there; the summary."""
+    """Runs the stages that are not in `done`, and adds them to it; returns the summary."""
     began = time.time()
     summary = write_summary(recipe, done, "ok", began)
     for stage in recipe.stages:
@@ -117,7 +118,7 @@ def run_stages(
 def write_summary(
     recipe: Recipe, done: Mapping[str, Mapping[str, Any]], status: str, began: float
 ) -> dict[str, Any]:
-    """The table and the figures so far."""
+    """Writes the table and the results so far; returns the latter."""
     rows = [Row(**done[stage.name]["row"]) for stage in recipe.stages if stage.name in done]
     known = [row for row in rows if row.accuracy is not None]
     summary = {
@@ -134,13 +135,13 @@ def write_summary(
 
 
 def check_recipe(recipe: Recipe) -> list[str]:
-    """Looks at the files, the data and the rewards of all stages; returns what a person should
-    know, each once."""
+    """Checks files, data and rewards of all stages; returns remarks for a person, each once. Raises
+    ConfigError, which names the stage."""
     said: dict[str, None] = {}
     made = {str(stage.output) for stage in recipe.stages}
     for stage in recipe.stages:
         config = stage.config
-        # what an earlier stage leaves is looked at when it is there
+        # the output of an earlier stage is checked when it exists
         if config.sft.data is not None and made & {*config.sft.data.sources}:
             config = config.model_copy(update={"sft": SFTConfig()})
         if made & {teacher.path for teacher in config.distill.teachers.values()}:
@@ -155,8 +156,8 @@ def check_recipe(recipe: Recipe) -> list[str]:
 
 
 def finished(recipe: Recipe, anew: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The records of stages that are done, and are not to be done `anew`. `ConfigError` where one
-    was done with other settings or inputs, where its output is gone, or where one before those of
+    """name -> `done.json` of the finished stages except those of `anew`. Raises `ConfigError` if
+    one was done with other settings or inputs, if its output is gone, or if one before those of
     `anew` is not done."""
     done: dict[str, dict[str, Any]] = {}
     for stage in recipe.stages:
@@ -185,8 +186,8 @@ def finished(recipe: Recipe, anew: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def changes(said: Mapping[str, Any], proof: Mapping[str, Any], config: Config) -> list[str]:
-    """A line for each setting and input of a stage that is done which is another now; a key that
-    the emberl which did it did not know counts where it is not at its default."""
+    """A line for each setting and input of a finished stage that is different now. A key that is
+    newer than its record counts only if it is not at its default."""
     if said["hash"] == proof["hash"]:
         return []
     plain = {"name": config.name, "model": {"path": "any"}, "data": {"source": "arithmetic"}}
@@ -209,8 +210,8 @@ def proof_of(recipe: Recipe, stage: Stage, done: Mapping[str, Mapping[str, Any]]
 
 
 def inputs_of(stage: Stage, done: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The earlier stages that are used, by what each wrote when it was done, and hashes of local
-    files: models, data and a user's own functions."""
+    """name -> identity of a stage's inputs: the id of each earlier stage that it uses, and hashes
+    of local files (models, data and a user's own functions)."""
     config = stage.config
     inputs = {
         REFERENCE + name: str(done[name]["id"]) if name in done else "not done"
@@ -229,7 +230,7 @@ def inputs_of(stage: Stage, done: Mapping[str, Mapping[str, Any]]) -> dict[str, 
 
 
 def finish_stage(stage: Stage, proof: Mapping[str, Any], row: Row) -> dict[str, Any]:
-    """Writes that a stage is done, whole or not at all."""
+    """Writes a stage's `done.json` atomically; returns its contents."""
     said = {**proof, "id": uuid.uuid4().hex, "row": asdict(row)}
     file = stage.config.output / DONE
     file.with_suffix(".part").write_text(json.dumps(said, indent=1))
@@ -263,7 +264,7 @@ def row_of(stage: Stage, result: Result) -> Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, as wide as its widest cells."""
+    """The rows as a Markdown table, padded to its widest cells."""
     cells: list[tuple[str, ...]] = [COLUMNS]
     for row in rows:
         accuracies = ["" if x is None else f"{x:.1%}" for x in (row.before, row.accuracy)]

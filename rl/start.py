@@ -1,4 +1,4 @@
-"""What a shell's `emberl` runs."""
+"""The entry point of the console script `emberl`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import signal
 
 
 def main() -> None:
-    """The command. A Ctrl-C while it is loaded ends it like any program, without the traceback of
-    whatever was being imported; `cli` undoes that before anything is done."""
+    """Loads and runs the command line. Ctrl-C during the imports ends the process without a
+    traceback; `cli` restores Python's handler before a command runs."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from .cli import main as command
 

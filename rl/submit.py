@@ -1,8 +1,8 @@
 """A run as a job of a Ray cluster: `emberl submit` and `emberl stop`.
 
-The working directory travels with the job, so that the configuration, functions of one's own and
-small data sets mean there what they mean here; models, runs and what git ignores stay. What is
-large is named by its absolute path, for a disk that the cluster sees.
+The working directory is uploaded with the job, so that the configuration, the user's functions and
+small data sets are found there as here; models, runs and files that git ignores are not uploaded.
+Large files are named by absolute paths on a disk that the cluster shares.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ STAYS = (
     "*.safetensors",
     "*.gguf",
 )
-"""Patterns, as in a .gitignore, of what does not travel with a job."""
+"""Patterns, as in a .gitignore, of files that are not uploaded with a job."""
 STOP_WAIT, SAVES_WITHIN = "RAY_JOB_STOP_WAIT_TIME_S", "600"
-"""Ray's name for the seconds between SIGTERM and SIGKILL where a job is stopped by its dashboard or
-API, three if nobody says more; and what a run is given to end its step and save."""
+"""Ray's variable for the seconds between SIGTERM and SIGKILL of a job that is stopped through its
+dashboard or API (default 3), and its value for a run, which must end its step and save."""
 SILENCE = 30.0
-"""Seconds without a line of a job's log after which its job server is asked for a sign of life."""
+"""Seconds without a line of a job's log after which its job server is checked."""
 FINAL = ("SUCCEEDED", "FAILED", "STOPPED")
 RUN_DIR = "run_dir"
 
@@ -59,11 +59,10 @@ def submit(
     wait: bool = True,
     tell: Callable[[str], None] = print,
 ) -> int:
-    """Submits a run from the working directory and, if `wait`, follows it; the exit status.
+    """Submits a run from the working directory and, if `wait`, follows it; returns the exit status.
 
-    arguments: of `emberl train`, e.g. `--resume`. environment: names of variables that the job is
-    to have as they are here. wheel: emberl itself, where the cluster has none. ConfigError before
-    anything is sent.
+    arguments: of `emberl train`, e.g. `--resume`. environment: names of variables to copy to the
+    job. wheel: emberl itself, for a cluster without it. Raises ConfigError before anything is sent.
     """
     loaded = load_experiment(file, overrides)
     here = Path.cwd()
@@ -98,8 +97,8 @@ def submit(
 
 @contextmanager
 def _unpacked(wheel: Path | None) -> Iterator[list[str]]:
-    """What a wheel holds, as folders that Ray makes importable. The wheel itself Ray would install
-    with all that it needs, another torch and another Ray over the cluster's."""
+    """A context with a wheel's contents as folders that Ray makes importable. The wheel itself Ray
+    would install with its dependencies, another torch and another Ray over the cluster's."""
     if wheel is None:
         yield []
         return
@@ -115,8 +114,8 @@ def _unpacked(wheel: Path | None) -> Iterator[list[str]]:
 
 
 def follow(client: JobSubmissionClient, job: str, tell: Callable[[str], None]) -> int:
-    """Prints the job's log until it ends; its exit status, or where it has none, that of a run
-    which was stopped or failed. A job server that is lost meanwhile is said, and a failure."""
+    """Prints a job's log until it ends; returns its exit status, or without one that of a run which
+    was stopped or failed. A job server that is lost meanwhile counts as a failure."""
     from aiohttp import ClientError
     from ray.exceptions import RayError
 
@@ -140,8 +139,8 @@ def follow(client: JobSubmissionClient, job: str, tell: Callable[[str], None]) -
 
 
 async def _print_log(client: JobSubmissionClient, job: str, tell: Callable[[str], None]) -> None:
-    """To its end. Where nothing comes for a while, the job server is asked whether it is there: a
-    machine that is gone closes no connection."""
+    """Prints a job's log to its end. After `SILENCE` it asks the job server for the job's status,
+    which fails if the server is gone: a machine that is gone closes no connection."""
     texts = client.tail_job_logs(job)
     following = asyncio.ensure_future(anext(texts, None))
     while True:
@@ -159,9 +158,9 @@ async def _print_log(client: JobSubmissionClient, job: str, tell: Callable[[str]
 def follower(
     job: str, address: str, script: str, *, wait: bool
 ) -> Iterator[tuple[Callable[[], str], Callable[[], list[str]]]]:
-    """A small job that runs a shell's script in the run directory of another job, until the block
-    ends. Yields two functions: the state of the other job, and the lines that the script has
-    printed. wait: until it has ended."""
+    """A context with a small job that runs a shell script in another job's run directory. Yields
+    two functions: one returns the other job's state, one the lines that the script has printed.
+    wait: yield once the script has ended; otherwise it is stopped at the end."""
     with _ray_errors(address):
         client = _client(address)
         run_dir = _run_dir_of(client, job)
@@ -186,8 +185,9 @@ def _run_dir_of(client: JobSubmissionClient, job: str) -> str:
 
 
 def stop(target: str, address: str | None, tell: Callable[[str], None] = print) -> None:
-    """Asks a run to save and end after the step that it makes: by its directory, or by its job,
-    which a second, small job does where the first one runs."""
+    """Asks a run to save and end after its current step, by a file in its directory; with an
+    address `target` is a job, and a second, small job writes the file. Raises ConfigError if there
+    is no such run."""
     if address is None:
         folder = Path(target)
         if not any((folder / name).is_file() for name in ("config.yaml", SUMMARY)):
@@ -211,8 +211,8 @@ def absolute(path: str) -> str:
 
 
 def _absolute_paths(loaded: Config | Recipe) -> list[str]:
-    """Overrides that name by their absolute paths what a configuration names from here and what
-    does not travel: models, but for those that a recipe's stages make."""
+    """Overrides with the absolute paths of local models, which are not uploaded; without those that
+    a recipe's own stages make."""
     if isinstance(loaded, Recipe):
         return [
             f"stages.{stage.name}.{override}"
@@ -232,9 +232,9 @@ def _client(address: str) -> JobSubmissionClient:
 
 @contextmanager
 def _ray_errors(address: str) -> Iterator[None]:
-    """Ray's own errors of the network and of the job server as the user's: nothing is wrong
-    here."""
-    from ray.exceptions import RayError  # what a wrong token is
+    """Turns errors of the network and of Ray's job server into a ConfigError, which the CLI prints
+    without a traceback."""
+    from ray.exceptions import RayError  # raised for a wrong token
 
     try:
         yield

@@ -1,4 +1,4 @@
-"""Whether the teachers of a distillation fit the student and its data, known before anything is
+"""Checks that the teachers of a distillation fit the student and its data, before anything is
 loaded."""
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from .data.table import Head
 from .model_files import check_directory, model_tokenizer
 
 PROBE = "Let f(x) = 12x^2 - 7.5; then\n\tf(3)=100.5 <think>\u00e9\u4e16</think>"
-"""Two tokenizers of one vocabulary that cut this in the same way have the same merges, too."""
+"""Text by which two tokenizers with one vocabulary are compared: equal tokens mean equal merges."""
 
 
 def check_teachers(config: Config, heads: Sequence[Head], *, hub: bool) -> None:
-    """`ConfigError` for a teacher that is no model, one whose tokens are not the student's, or one
-    with a source that the data do not have. heads: of the tables to train on. hub: models of the
-    Hub too, whose tokenizers may be fetched."""
+    """Raises `ConfigError` for a teacher that is no model, whose tokens differ from the student's,
+    or with a source that the data do not have. heads: those of the training tables. hub: also check
+    models of the Hub, whose tokenizers may be downloaded."""
     teachers = config.distill.teachers
     known = known_sources(config.data, heads) if teachers else None
     if known is not None:
@@ -60,7 +60,7 @@ def _check_sources(config: Config, known: set[str]) -> None:
 
 
 def _student(config: Config, hub: bool) -> Any:
-    """The student's tokenizer; None where its files are not here yet."""
+    """The student's tokenizer; None if its files are not here yet."""
     if config.model.path is None:
         from .data.tiny import tiny_tokenizer
 
@@ -72,7 +72,7 @@ def _student(config: Config, hub: bool) -> Any:
 
 
 def unlike(student: Any, teacher: Any) -> str | None:
-    """The first difference of two tokenizers, None where every text has the same tokens."""
+    """The first difference between two tokenizers; None if they give the same tokens."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if len(ours) != len(theirs):
         return f"{len(theirs):,} tokens instead of {len(ours):,}"

@@ -1,4 +1,4 @@
-"""The commands `emberl train`, `presets` and `keys`: an experiment, and what one may say."""
+"""The commands `emberl train`, `presets` and `keys`."""
 
 from __future__ import annotations
 
@@ -76,16 +76,17 @@ def train(
         if dry_run:
             show_plan(settings, like)
             return
-        found = _run(settings, how, override, start)  # type: ignore[arg-type]
-    print(json.dumps(found), flush=True)
-    if found["status"] == "interrupted":
+        result = _run(settings, how, override, start)  # type: ignore[arg-type]
+    print(json.dumps(result), flush=True)
+    if result["status"] == "interrupted":
         raise typer.Exit(INTERRUPTED)
 
 
 def _experiment(
     file: Path, changes: list[str], dry_run: bool, start: str | None, like: str | None
 ) -> Config | Recipe:
-    """What the file says; `ConfigError` for options that do not go with it."""
+    """The experiment in the file, with its changes. Raises `ConfigError` for options that do not
+    fit it."""
     from .config.likeness import PEERS
     from .config.load import ConfigError
     from .config.stages import Recipe, load_experiment
@@ -103,7 +104,7 @@ def _experiment(
 def _run(
     settings: Config | Recipe, how: Resume, override: bool, start: str | None
 ) -> dict[str, Any]:
-    """The result as the last line has it."""
+    """Runs the experiment; returns the result for the last line."""
     from .config.stages import Recipe
 
     stages = [s.config for s in settings.stages] if isinstance(settings, Recipe) else [settings]
@@ -142,8 +143,8 @@ def reference(
 
 
 def show_plan(settings: Config | Recipe, like: str | None = None) -> None:
-    """What `--dry-run` prints, of a recipe for each stage: the configuration, the placement, what a
-    file changes of its preset, doubtful settings, and what the first rows of the data show."""
+    """Prints the output of `--dry-run`, of a recipe for each stage: configuration, placement,
+    changes from the preset, doubtful settings, and remarks on the first rows of the data."""
     from .config.stages import Recipe
     from .model_files import check_files
     from .preflight import check_inputs
@@ -165,7 +166,7 @@ def show_plan(settings: Config | Recipe, like: str | None = None) -> None:
 
 
 def show_run(settings: Config, like: str | None) -> None:
-    """A run's configuration and placement, and what is said of them."""
+    """Prints a run's configuration, its placement, and remarks on them."""
     from ..rollout.engine import check_engine
     from .config.cautions import said_at_start
     from .config.likeness import describe

@@ -1,5 +1,5 @@
-"""The loop: sample groups with the newest weights, mark them, keep those with a signal, step,
-publish, log."""
+"""The RL training loop: sample groups with the newest weights, grade them, keep those with a
+signal, update, publish, log."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .watch.step_metrics import (
 
 
 async def train_rl(run: Run) -> None:
-    """RL steps from where the run stands to `schedule.steps`; every token is at most
+    """Runs RL steps from the run's progress to `schedule.steps`. Every token is at most
     `schedule.max_staleness` versions older than the weights that it trains (0: on-policy, rollouts
     and learners take turns)."""
     config, schedule = run.config, run.config.schedule
@@ -94,8 +94,8 @@ async def train_rl(run: Run) -> None:
 
 
 async def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, float]:
-    """Takes the groups of one step, trains on them, publishes and logs; returns what was logged.
-    Raises `TooManyErrors` where graders rather than answers fail."""
+    """Takes the groups of one step, trains on them, publishes and logs; returns the logged metrics.
+    Raises `TooManyErrors` if graders, rather than answers, fail."""
     config, step, start = run.config, run.progress.step + 1, time.perf_counter()
     spans, version, began = run.tracker.spans, run.progress.version, time.time()
     spans.step = step
@@ -126,7 +126,8 @@ async def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, 
         run.progress = run.progress.advance(curriculum=run.source.state())
     run.held = run.progress
     of_samples = sample_metrics(sampled, trained, shaped, **limits)
-    # rewards of tokens have the KL penalty in them
+    # in this order: with rewards per token, whose metrics include the KL penalty, those replace the
+    # scores' of the samples
     metrics = fed.metrics | of_samples | metrics | run.suite.metrics()
     metrics |= {"timing_s/gen": fed.waited, "sched/learner_idle": fed.waited / seconds}
     metrics |= run.weights.check_step(metrics, version)
@@ -135,7 +136,7 @@ async def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, 
     spans.add(LOOP, STEP, began, time.time())
     for worker, since, until in run.pool.busy_spans():
         spans.add(f"rollout {worker}", "decoding", since, until)
-    # without a verdict in the whole step there is no reward to show
+    # "none" remains if no answer of the step has a verdict
     run.tracker.log(step, metrics, show={"reward": "none"} | figures(metrics))
     run.tracker.histograms(step, histograms(sampled, trained, version))
     await asyncio.to_thread(run.tracker.keep, "train", step, sampled, run.answers, trained)
@@ -143,7 +144,8 @@ async def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, 
 
 
 def admitted(run: Run, sampled: Sequence[Group]) -> tuple[dict[str, float], list[Group]]:
-    """How old these groups are, and those of them that train, with their advantages."""
+    """(staleness metrics of these groups, those of them that train, with advantages). Raises
+    `TooManyErrors`."""
     config = run.config
     check_errors([v for group in sampled for v in group.verdicts], config.reward.max_error_fraction)
     ages = staleness(sampled, run.progress.version, config.schedule.max_staleness)
@@ -151,8 +153,8 @@ def admitted(run: Run, sampled: Sequence[Group]) -> tuple[dict[str, float], list
 
 
 def staleness(groups: Sequence[Group], version: int, bound: int) -> dict[str, float]:
-    """How many versions older than `version` the tokens are: mean and maximum over all; none is
-    above `bound`."""
+    """Metrics of the tokens' age in versions before `version`: mean and maximum. Asserts that none
+    is above `bound`."""
     sampled = [
         pair
         for group in groups
@@ -171,8 +173,8 @@ def staleness(groups: Sequence[Group], version: int, bound: int) -> dict[str, fl
 
 
 async def update(run: Run, trained: Sequence[Group], objective: Objective) -> dict[str, float]:
-    """The optimizer steps of one RL step, then a new version of the weights if there were any, and
-    their figures."""
+    """Makes the optimizer steps of one RL step, then publishes a new version of the weights if
+    there were any; returns the metrics."""
     config, schedule, learners = run.config, run.config.schedule, run.learners
     has_critic = config.advantage.needs_critic
     seen: list[Batch] = []
@@ -199,7 +201,7 @@ async def update(run: Run, trained: Sequence[Group], objective: Objective) -> di
         )
     check_engine_logprobs(seen)
     with_policy = not has_critic or run.progress.step >= config.critic.warmup
-    run.held = None  # until the step is done
+    run.held = None  # a failure within the step must not save its half-updated weights (`rescue`)
     done: list[dict[str, float]] = []
     with spans.span(LOOP, "update"):
         for batch in [*batches] * schedule.epochs:
@@ -212,7 +214,7 @@ async def update(run: Run, trained: Sequence[Group], objective: Objective) -> di
     metrics = {"training/updates": float(len(done) if with_policy else 0)}
     if missing := schedule.minibatches * schedule.epochs - len(done):
         await asyncio.to_thread(learners.skip, missing)
-    # the whole batch's figures come last: those of updates are of parts of it
+    # the whole batch's metrics come last and win: those of updates are of parts of it
     metrics |= (averages(done) if done else {}) | batch_metrics(
         seen, config.offpolicy, config.kl.coef
     )
@@ -225,18 +227,18 @@ async def update(run: Run, trained: Sequence[Group], objective: Objective) -> di
 
 
 async def refresh_reference(run: Run) -> None:
-    """The policy of this moment becomes the reference where this step is to end with that."""
+    """Makes the current policy the reference, every `kl.ref_refresh_steps` steps."""
     kl = run.config.kl
     if kl.ref_refresh_steps and (run.progress.step + 1) % kl.ref_refresh_steps == 0 and kl.active:
         await asyncio.to_thread(run.learners.refresh_reference)
 
 
 async def with_estimates(run: Run, objective: Objective, batch: Batch) -> Batch:
-    """The step's batch with what the learners say of it before its first update: the critic's
-    values, and log-probs of the reference and of the old policy where these are needed."""
+    """The step's batch with the learners' estimates before its first update: the critic's values,
+    and log-probs of the reference, the teachers and the old policy, as far as they are needed."""
     config, learners, temperature = run.config, run.learners, objective.temperature
     updates = config.schedule.minibatches * config.schedule.epochs
-    # a single update does this by itself
+    # a single update recomputes them itself (`LearnerRank.step`)
     if objective.needs_old_logp and (updates > 1 or config.kl.place == "reward"):
         logp_T = await asyncio.to_thread(learners.logprobs, batch, temperature)
         batch = replace(batch, old_logp_T=logp_T)
@@ -252,8 +254,7 @@ async def with_estimates(run: Run, objective: Objective, batch: Batch) -> Batch:
 
 
 def with_advantages(config: Config, sampled: Sequence[Group]) -> list[Group]:
-    """The groups that train, with the advantage of each completion, NaN scores (no verdict) at
-    0."""
+    """The groups that train, with the advantage of each completion; 0 for one without a verdict."""
     kept = [g.has_signal or not config.filter.zero_variance for g in sampled]
     # the deviation of a step is of all its scores; everything else compares within a group
     whole = config.advantage.std == "batch"
@@ -264,7 +265,7 @@ def with_advantages(config: Config, sampled: Sequence[Group]) -> list[Group]:
 
 
 def shaped_scores(group: Group, config: Config) -> Floats:
-    """[G] scores as they are trained on: with the penalty on answers near the longest."""
+    """The scores [G] to train on: with the penalty on answers near the maximum length."""
     scores, longest = group.scores, config.rollout.max_response_length
     if not config.filter.overlong_share:
         return scores
@@ -274,7 +275,7 @@ def shaped_scores(group: Group, config: Config) -> Floats:
 
 
 def devices(config: Config) -> int:
-    """Devices that the run computes on."""
+    """Number of devices that the run computes on."""
     cluster = config.cluster
     if cluster.colocated:
         return cluster.learners

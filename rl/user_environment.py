@@ -1,5 +1,5 @@
-"""The environment of `rollout.environment`, ready for the pool: the user's class, and observations
-as tokens."""
+"""The environment of `rollout.environment` for the pool: the user's class, and its observations as
+tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _TURN, _OBSERVATION = "THE TURN", "THE OBSERVATION"
 
 
 def load_environment(name: str) -> Callable[[], Any]:
-    """The class, `package.module:Class` or `./file.py:Class`; ValueError where it cannot be one."""
+    """The class `package.module:Class` or `./file.py:Class`. Raises ValueError if it cannot be
+    loaded, made, or has not the methods of an environment."""
     try:
         make: Callable[[], Any] = import_function(name)
     except ValueError as error:
@@ -32,9 +33,9 @@ def load_environment(name: str) -> Callable[[], Any]:
 
 
 def episodes_of(config: Config, tokenizer: Any, text: Callable[..., str]) -> Episodes | None:
-    """The loop over turns; None where there is no environment. ValueError where the class cannot be
-    used, or the chat template has no place for what it says. text: of the tokens of a turn and why
-    it ended."""
+    """The loop over turns; None without an environment. Raises ValueError if the class cannot be
+    used, or the chat template shows no message of its role. text: turns a turn's tokens and finish
+    reason into text."""
     rollout = config.rollout
     if rollout.environment is None:
         return None
@@ -52,13 +53,13 @@ def episodes_of(config: Config, tokenizer: Any, text: Callable[..., str]) -> Epi
 
 
 def observer(tokenizer: Any, role: str, settings: DataConfig) -> Callable[[str, int], list[int]]:
-    """(observation, last token of the turn before) -> the tokens that stand between that turn and
+    """A function (observation, last token of the turn before) -> the tokens between that turn and
     the next.
 
-    The text is what the chat template writes there, end of the turn included, less the end token
-    that the model said itself, and the beginning of every answer (`data.assistant_prefix`); without
-    a template it is the observation and that. It is tokenised by itself, so no token of an earlier
-    turn can change."""
+    The text is the chat template's, end of the turn included, without the end token that the model
+    sampled itself, followed by the beginning of every answer (`data.assistant_prefix`); without a
+    template it is the observation and that beginning. It is tokenised by itself, so no token of an
+    earlier turn can change. Raises ValueError if the template shows no message of this role."""
     before = after = ""
     if tokenizer.chat_template is not None:
         problem, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": _TURN}

@@ -21,7 +21,7 @@ Folder = Annotated[Path, typer.Argument(help="A run's directory.", metavar="DIR"
 
 @contextmanager
 def _user_errors() -> Iterator[None]:
-    """A wrong argument and a disk that says no end the command with one line."""
+    """A context in which ValueError and OSError end the command with one line."""
     try:
         yield
     except (ValueError, OSError) as error:

@@ -23,7 +23,7 @@ from .weights.transport import ObjectStoreSource, PatchRef, WeightUpdate
 T = TypeVar("T")
 
 PEERS = 5.0
-"""Seconds in which Ray finds out that an actor's process is gone."""
+"""Seconds within which Ray notices that an actor's process is gone."""
 LOST = (
     TimeoutError,
     ray.exceptions.RayActorError,
@@ -40,7 +40,7 @@ class ActorLostError(RuntimeError):
 
 
 class PlaceLostError(RuntimeError):
-    """There is no node any more that an actor could be started on."""
+    """No node is left on which an actor could be started."""
 
 
 class CallFailedError(ActorLostError):
@@ -48,9 +48,8 @@ class CallFailedError(ActorLostError):
 
 
 def node_address() -> str:
-    """Where other nodes of the cluster reach this process: Ray's address of its node, since a
-    machine's own name may stand for a loopback address (127.0.1.1 on Debian). Loopback where there
-    is no Ray."""
+    """The IP address at which other nodes reach this process: Ray's address of its node, since a
+    machine's own name may resolve to loopback (127.0.1.1 on Debian). Loopback without Ray."""
     return str(ray.util.get_node_ip_address()) if ray.is_initialized() else "127.0.0.1"
 
 
@@ -67,9 +66,8 @@ def own_device(target: platform.Platform) -> Any:
 
 
 def use_node_interface(variables: Sequence[str] = ("GLOO_SOCKET_IFNAME",)) -> None:
-    """Has this process's groups talk through the network interface of `node_address`, unless the
-    user named one in these variables. Left alone, Gloo takes the address that the machine's own
-    name stands for."""
+    """Sets these environment variables to the network interface of `node_address`, unless the user
+    did. By default Gloo takes the address that the machine's own name resolves to."""
     address = node_address()
     names = [
         name
@@ -123,8 +121,8 @@ def gather(refs: Sequence[Any], *, who: str, what: str, timeout: float, key: str
 def _first_lost(
     ref: Any, error: ray.exceptions.RayError, others: Sequence[Any]
 ) -> tuple[Any, ray.exceptions.RayError]:
-    """A peer that died, if one did, else the failure itself: an actor that missed the dead one in a
-    collective may answer before Ray has noticed."""
+    """(ref, error) of a peer that died, if one did, else of the failure itself: an actor that
+    missed the dead one in a collective may fail before Ray has noticed the death."""
     if not others or not isinstance(error, ray.exceptions.RayTaskError):
         return ref, error
     done, _ = ray.wait(list(others), num_returns=len(others), timeout=PEERS)
@@ -139,9 +137,8 @@ def _first_lost(
 
 
 def cause(error: Exception) -> str:
-    """The last line that says something: Ray wraps an actor's own traceback around it. Where Ray
-    ended the actor because memory ran out, which it says on a page of advice, the settings that
-    need less."""
+    """The last line of an error's text, around which Ray wraps the actor's traceback. If Ray killed
+    the actor because memory ran out, advice on the settings instead of Ray's page of it."""
     if isinstance(error, ray.exceptions.OutOfMemoryError) or "running low on memory" in str(error):
         return (
             "Ray's memory monitor ended it, since this machine's memory was nearly full; set a"
@@ -153,12 +150,12 @@ def cause(error: Exception) -> str:
 
 
 class WorkerLostError(ActorLostError):
-    """It is gone or late, and another may take its place."""
+    """A rollout worker is gone or late, and another actor may take its place."""
 
 
 async def call(work: Awaitable[T], *, who: str, what: str, timeout: float) -> T:
-    """A worker's answer; `WorkerLostError` if it is gone or late, `ActorLostError` if it refuses.
-    Both name it."""
+    """A worker's answer. Raises `WorkerLostError` if it is gone or late, `ActorLostError` if it
+    answers with an error; both name the worker."""
     try:
         return await asyncio.wait_for(work, timeout)
     except LOST as error:
@@ -176,8 +173,8 @@ async def call(work: Awaitable[T], *, who: str, what: str, timeout: float) -> T:
 async def catch_up(
     worker: Any, notice: WeightUpdate, peers: Sequence[Any], *, who: str, timeout: float
 ) -> dict[str, float]:
-    """Brings a worker that holds nothing to what the notice announces: from a peer on its node, if
-    one holds that, else from the nearest anchor and the patches after it."""
+    """Brings a worker without weights to the announced version: from a peer on its node, if one
+    has weights, else from the nearest anchor and the patches after it. Returns its report."""
     anchor = await _from_peer(worker, notice, peers, timeout)
     known = notice if anchor is None else notice.with_anchor(anchor)
     return await call(worker.catch_up.remote(known), who=who, what="catch up", timeout=timeout)
@@ -186,14 +183,14 @@ async def catch_up(
 async def _from_peer(
     worker: Any, notice: WeightUpdate, peers: Sequence[Any], timeout: float
 ) -> PatchRef | None:
-    """The anchor that a peer makes of what it holds; None where none on the worker's node can."""
+    """A reference to an anchor exported by a peer on the worker's node; None if there is none."""
     node, _ = await call(worker.offer.remote(), who="the new worker", what="offer", timeout=timeout)
     for peer in peers:
         try:
             there, version = await call(
                 peer.offer.remote(), who="a peer", what="offer", timeout=timeout / 4
             )
-        except ActorLostError:  # it may be what is lost next; the learners' own anchor remains
+        except ActorLostError:  # no reason to fail: the learners' own anchor remains
             continue
         if there == node and 0 <= version <= notice.version:
             place = ObjectStoreSource(reference=peer.export.remote())

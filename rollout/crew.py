@@ -1,6 +1,6 @@
-"""The workers of a pool: calls to all of them, and the actor that takes the place of a lost one.
+"""The workers of a pool: calls to all of them, and the replacement of lost ones.
 
-`WorkerState` is the pool's record of one, `Job` that of a group that is asked for.
+`WorkerState` is the pool's record of a worker, `Job` that of a requested group.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .weights.transport import WeightUpdate
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Job:
-    """A group that is asked for."""
+    """A group of completions that was requested of the pool."""
 
     prompt: Prompt
     n: int
@@ -35,16 +35,16 @@ class Job:
     reissued: Callable[[], None] = lambda: None
     """Called when the group is asked for again because its worker was lost."""
     was_cut: Callable[[tuple[Completion, ...]], None] = lambda parts: None
-    """Called when a group that `RolloutPool.cut` ended had begun: its samples as far as they had
-    come."""
+    """Called with the partial samples of a group that `RolloutPool.cut` ended after it had
+    begun."""
     cost: float = 0.0
-    """Tokens that it is expected to have."""
+    """Expected number of tokens."""
     cut: bool = False
     episodes: GroupEpisodes = field(default_factory=GroupEpisodes)
 
     @property
     def samples(self) -> int:
-        """Answers that are to be decoded in this turn."""
+        """Samples to decode in this turn."""
         return len(self.episodes.going_on) or self.n
 
     def finish(self, completions: tuple[Completion, ...]) -> None:
@@ -54,11 +54,13 @@ class Job:
     def fail(self, failure: ActorLostError) -> None:
         if not self.outcome.done():
             self.outcome.set_exception(failure)
-            self.outcome.exception()  # who waits for another group may have raised it already
+            # marked as retrieved, or asyncio logs it: who waits for another group may have raised
+            # it already
+            self.outcome.exception()
 
 
 MOST_SPANS = 100
-"""That are remembered of a worker while nobody asks."""
+"""Most busy spans that are kept of a worker until `busy_spans` is called."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -72,18 +74,18 @@ class WorkerState:
     """Metrics of bringing the actor that replaced another to the newest weights."""
     restarts: int = 0
     gone: bool = False
-    """For good: its node was lost, and others do its work."""
+    """Lost for good; the other workers do its work."""
     idle: float = 0.0
-    """Seconds without a job before this time."""
+    """Seconds without a job, up to `idle_since`."""
     idle_since: float | None = field(default_factory=time.monotonic)
-    """None: it has a job."""
+    """`time.monotonic()` when it ran out of jobs; None: it has one."""
     busy_since: float = 0.0
-    """`time.time()` since which it has had one, or since `busy_spans` last told."""
+    """`time.time()` when it got a job, or when `busy_spans` was last called."""
     told: list[tuple[float, float]] = field(default_factory=list)
-    """Ended times with a job that `busy_spans` has not told yet; the newest `MOST_SPANS`."""
+    """Finished busy spans that `busy_spans` has not returned yet; the newest `MOST_SPANS`."""
 
     def busy(self, jobs: int) -> None:
-        """It has so many jobs from now on."""
+        """Records that the worker has this many jobs from now on."""
         now = time.monotonic()
         if self.idle_since is None and not jobs:
             self.idle_since = now
@@ -94,8 +96,9 @@ class WorkerState:
             self.busy_since = time.time()
 
     def busy_spans(self) -> list[tuple[float, float]]:
-        """When it had jobs since the last call: pairs of `time.time()`."""
-        spans, self.told = self.told, []
+        """(start, stop) of the times with a job since the last call, as `time.time()`."""
+        spans = self.told
+        self.told = []
         if self.idle_since is None:
             now = time.time()
             spans = [*spans, (self.busy_since, now)]
@@ -103,13 +106,13 @@ class WorkerState:
         return spans
 
     def idle_seconds(self) -> float:
-        """Since it began."""
+        """Total seconds without a job."""
         return self.idle + (0.0 if self.idle_since is None else time.monotonic() - self.idle_since)
 
 
 class Crew:
-    """Workers on numbered seats; one that is lost while it is asked is replaced, and what takes its
-    place serves the weights that were announced last."""
+    """Numbered workers. One that is lost during a call is replaced, and its replacement serves the
+    weights that were announced last."""
 
     def __init__(
         self,
@@ -122,7 +125,8 @@ class Crew:
         gone: Collection[int] = (),
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """dispatch: is told who may be given groups; the rest as of `RolloutPool`."""
+        """dispatch: is told which workers are up; the other arguments are those of
+        `RolloutPool`."""
         self._sync_timeout = sync_timeout
         self._respawn = respawn
         self._max_restarts = max_restarts if respawn is not None else 0
@@ -135,12 +139,13 @@ class Crew:
         self._latest: WeightUpdate | None = None
         self._probed: list[int] = []
         self.served = -1
-        """The version that every worker serves at least."""
+        """The oldest version that any worker serves."""
         self._new_version = asyncio.Condition()
         self.restarts = 0
-        """Workers that were replaced."""
+        """Number of replacements."""
         self.prove_fresh: Callable[[int, Any], Awaitable[None]] | None = None
-        """Of a worker in a lost one's place, before it decodes; WorkerLostError: it may not."""
+        """Called with the number and actor of a replacement before it decodes; raises
+        WorkerLostError to refuse it."""
 
     @property
     def workers(self) -> tuple[Any, ...]:
@@ -148,7 +153,7 @@ class Crew:
 
     @property
     def gone(self) -> tuple[int, ...]:
-        """Workers that are lost for good, while others do their work."""
+        """Numbers of the workers that are lost for good."""
         return tuple(i for i, seat in enumerate(self._seats) if seat.gone)
 
     @property
@@ -174,7 +179,8 @@ class Crew:
         return await self._of_each("probe", token_ids, False)
 
     async def reload(self, worker: int, token_ids: Sequence[int]) -> Any:
-        """The same of one of these, after its engine has loaded all weights once more."""
+        """The log-probs of one worker, an index into the last results of `probe`, after its engine
+        has loaded all weights once more."""
         return await self._until_answered(self._asked(worker), "probe", token_ids, True)
 
     async def decoded_anew(
@@ -182,57 +188,56 @@ class Crew:
     ) -> list[tuple[Completion, Any]]:
         """`decoded` of one worker, after its engine has loaded all weights once more."""
         await self.reload(worker, requests[0][0].token_ids)
-        found: list[tuple[Completion, Any]] = await self._until_answered(
+        completions: list[tuple[Completion, Any]] = await self._until_answered(
             self._asked(worker), "decoded", requests
         )
-        return found
+        return completions
 
     async def prove(self, canary: Canary, requests: Sequence[Request]) -> list[DecodeProof | None]:
-        """Of each worker (`GroupService.prove`)."""
+        """`GroupService.prove` of each present worker."""
         return await self._of_each("prove", canary, requests)
 
     async def decoded(self, requests: Sequence[Request]) -> list[list[tuple[Completion, Any]]]:
-        """Of each worker (`GroupService.decoded`)."""
+        """`GroupService.decoded` of each present worker."""
         return await self._of_each("decoded", requests)
 
     async def _of_each(self, method: str, *arguments: Any) -> list[Any]:
-        """Of each worker that is here."""
+        """The method's result of each worker that is not gone, in order."""
         self._probed = self._here()
         work = (self._until_answered(i, method, *arguments) for i in self._probed)
-        found = zip(self._probed, await asyncio.gather(*work), strict=True)
-        return [answer for i, answer in found if not self._seats[i].gone]
+        answers = zip(self._probed, await asyncio.gather(*work), strict=True)
+        return [answer for i, answer in answers if not self._seats[i].gone]
 
     def _asked(self, worker: int) -> int:
-        """The seat of one of those that `_of_each` gave an answer of."""
+        """The number of a worker, from its index in the last result of `_of_each`."""
         return [i for i in self._probed if not self._seats[i].gone][worker]
 
     async def sleep(self, level: int) -> None:
-        """Every worker leaves its device to the learners, once nothing is decoded; `serve` or
-        `wake` ends that."""
+        """Every worker frees its device for the learners once nothing is decoded, until `serve` or
+        `wake`."""
         await self._of_each("sleep", level)
 
     async def trace(self, begin: bool) -> list[bytes]:
-        """Begins a trace of every worker's process, or ends it: what each recorded."""
+        """Begins a trace of every worker's process, or ends it and returns each recording."""
         return await self._of_each("trace", begin)
 
     async def wake(self) -> None:
-        """Every worker serves what it served."""
+        """Every worker serves again what it served before `sleep`."""
         await self._of_each("wake")
 
     def idle_seconds(self) -> list[float]:
-        """Of each worker since the pool began: the time in which it had nothing to decode."""
+        """Seconds in which each worker had nothing to decode, since the pool began."""
         return [seat.idle_seconds() for seat in self._seats]
 
     def busy_spans(self) -> list[tuple[int, float, float]]:
-        """(worker, beginning, end) of the times with something to decode since the last call, as
-        `time.time()`."""
+        """(worker, start, stop) of the times with a job since the last call, as `time.time()`."""
         return [(i, *span) for i, seat in enumerate(self._seats) for span in seat.busy_spans()]
 
-    # A lost one's place
+    # Replacement of lost workers
 
     async def _replace(self, i: int, lost: Any, why: str) -> None:
-        """A new actor on the seat, with the weights that are served now. Where that is not allowed
-        or does not help, the others do its work, and ActorLostError if there is none."""
+        """Replaces the actor `lost` by a new one with the weights that are served now. If that is
+        not allowed or fails, the others do its work; raises ActorLostError if there are none."""
         seat = self._seats[i]
         async with seat.lock:
             while seat.worker is lost and not seat.gone:
@@ -267,18 +272,19 @@ class Crew:
                 self._dispatch.set_up(i, True)
 
     def seat(self, i: int, worker: Any) -> None:
-        """Another actor on a seat, before anything was asked of the one that sat there."""
+        """Replaces a worker before anything was asked of it."""
         self._seats[i].worker = worker
         self._seats[i].restarts += 1
         self.restarts += 1
 
     def leave_out(self, i: int, why: str) -> None:
-        """The same where there is none to be had."""
+        """Goes on without a worker for which there is no replacement."""
         self._dispatch.set_up(i, False)
         self._give_up(i, why)
 
     def _give_up(self, i: int, why: str) -> None:
-        """Goes on without a worker; ActorLostError without any."""
+        """Marks a worker as lost for good. Raises ActorLostError if no other is left, or if workers
+        may not be replaced."""
         others = [j for j in self._here() if j != i]
         if not others or self._respawn is None or not self._max_restarts:
             raise ActorLostError(why)
@@ -291,11 +297,11 @@ class Crew:
         self._latest = update
         seats = self._here()
         await asyncio.gather(*(self._ask(i, "prepare", update, self._sync_timeout) for i in seats))
-        found = await asyncio.gather(
+        answers = await asyncio.gather(
             *(self._ask(i, "commit", update.version, timeout) for i in seats)
         )
         reports = [
-            report for i, report in zip(seats, found, strict=True) if not self._seats[i].gone
+            report for i, report in zip(seats, answers, strict=True) if not self._seats[i].gone
         ]
         async with self._new_version:
             self.served = max(self.served, update.version)

@@ -1,5 +1,4 @@
-"""The protocol `Engine`, what a rollout worker asks of whatever decodes its prompts, and the
-engines by name.
+"""The protocol `Engine`, through which a rollout worker uses any decoder, and the engines by name.
 
 Every coroutine runs on one event loop; an engine does its computing elsewhere, so the loop stays
 free. `make_engine` is the only place that knows all engines (`rollout.engine`).
@@ -41,9 +40,9 @@ class Engine(Protocol):
 
     @property
     def held(self) -> Weights | None:
-        """The served weights as the engine's own bytes: to be read only, and only what changes from
-        the next version on is written over. None before the first patch, and while what is loaded
-        was not proved."""
+        """The served weights as the engine's own bytes, read-only for the caller; the next version
+        overwrites only what it changes. None before the first patch, and while the loaded weights
+        are not verified."""
         ...
 
     @property
@@ -90,8 +89,8 @@ class Engine(Protocol):
         ...
 
     async def probe(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """[T] tokens -> [T-1] log-probs of all but the first, by the weights that are served,
-        without a temperature.
+        """Log-probs [T-1] of all tokens [T] but the first by the served weights, without a
+        temperature.
 
         An end-to-end proof that digests cannot give: an engine that goes on multiplying by a packed
         copy of old weights holds the right bytes.
@@ -99,26 +98,26 @@ class Engine(Protocol):
         ...
 
     async def canary(self, canary: Canary | None) -> None:
-        """Changes what it serves to this canary of it, or, None, back: by the way that updates
-        take, proved by digest, under the same version, and with nothing else under way.
-        DigestMismatchError where it cannot be taken back: then it serves nothing until a whole
+        """Loads this canary of the served weights, or with None takes it back, by the same path as
+        updates, verified by digest, under the same version, while nothing else runs. Raises
+        DigestMismatchError if it cannot be taken back; the engine then serves nothing until a whole
         patch comes."""
         ...
 
     async def sleep(self, level: int) -> None:
-        """Leaves the device to the learners once nothing is decoded: level 1 keeps the weights in
-        the machine's memory, level 2 drops them. Requests wait; the next `apply` wakes it, or
-        `wake`. Idempotent."""
+        """Frees the device for the learners once nothing is decoded: level 1 keeps the weights in
+        the machine's memory, level 2 drops them. Requests wait until the next `apply` or `wake`.
+        Idempotent."""
         ...
 
     async def wake(self) -> None:
-        """Serves what it served before it slept, loaded and proved anew. Nothing to do where it
-        does not sleep."""
+        """Serves what it served before `sleep`, loaded and verified anew. Does nothing if it is not
+        asleep."""
         ...
 
     async def reload(self) -> None:
-        """Loads all that it was given to serve once more, where a probe says that it computes with
-        something else."""
+        """Loads all weights that it was given once more, after a probe showed that it computes with
+        others."""
         ...
 
     def digests(self) -> dict[str, str]:
@@ -150,11 +149,11 @@ class WorkerSpec:
     """As in `schedule.in_flight`."""
     engine: str = "embedded"
     engine_args: Mapping[str, Any] = field(default_factory=dict)
-    """vLLM's own, by its names; or what a user's engine makes of them."""
+    """vLLM's own arguments by name, or those of a user's engine."""
     token_rate: float | None = None
     """As in `rollout.token_rate`."""
     max_restarts: int = 0
-    """How often vLLM's processes are started anew."""
+    """Most restarts of vLLM's processes."""
     server: str = ""
     """Address of a running vLLM to use instead of starting one."""
     servers_directory: str | None = None
@@ -163,7 +162,7 @@ class WorkerSpec:
     """As in `sync.rate_limit`."""
 
     def link(self) -> FetchContext:
-        """The worker's end of the way that weights take."""
+        """The settings with which the worker fetches weights: deadline and rate limit."""
         return FetchContext(
             timeout=self.timeout,
             bucket=None if self.rate_limit is None else TokenBucket(self.rate_limit),
@@ -171,8 +170,8 @@ class WorkerSpec:
 
 
 def check_engine(engine: str, engine_args: Mapping[str, Any], servers: Sequence[str] = ()) -> None:
-    """ValueError for what can be known to be wrong before an engine starts; loads neither torch nor
-    vLLM, but a user's own."""
+    """Raises ValueError for settings that can be found wrong before an engine starts. Loads neither
+    torch nor vLLM, only a user's own engine."""
     if servers:
         check_servers(engine, engine_args, servers)
     elif engine == "vllm":
@@ -188,7 +187,7 @@ def check_engine(engine: str, engine_args: Mapping[str, Any], servers: Sequence[
 
 
 def check_servers(engine: str, engine_args: Mapping[str, Any], servers: Sequence[str]) -> None:
-    """vLLM itself is not needed here."""
+    """Raises ValueError for settings that do not fit `rollout.servers`; needs no vLLM here."""
     if engine != "vllm":
         raise ValueError(
             f"rollout.servers are vLLM's, but rollout.engine={engine}; set rollout.engine=vllm"
@@ -207,13 +206,14 @@ def check_servers(engine: str, engine_args: Mapping[str, Any], servers: Sequence
 
 
 def make_engine(spec: WorkerSpec, cards: tuple[str, ...]) -> Engine:
-    """The engine of a rollout worker, up and ready; its version is -1 until the first patch. cards:
-    the worker's own."""
+    """Starts the engine of a rollout worker, which owns these cards. Its version is -1 until the
+    first patch."""
     return (BUILT_IN.get(spec.engine) or _own(spec.engine))(spec, cards)
 
 
 def _own(engine: str) -> Callable[[WorkerSpec, tuple[str, ...]], Engine]:
-    """A user's factory; ValueError where there is none of that name."""
+    """The factory of a user's engine, `package.module:factory`. Raises ValueError if it cannot be
+    loaded."""
     module, _, name = engine.partition(":")
     try:
         factory: Any = getattr(importlib.import_module(module), name)

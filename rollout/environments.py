@@ -1,4 +1,4 @@
-"""Environments: what answers the model between its turns, and the loop over the turns of a group.
+"""Environments, which answer the model between its turns, and the loop over a group's turns.
 
     class Dice(Environment):
         def step(self, text: str) -> Step:      # what the model said
@@ -41,8 +41,8 @@ from .samples import (
 )
 
 Step = tuple[str, float | None, bool]
-"""(observation, reward, done): what the environment says next, what the turn was worth (None:
-nothing yet), and whether the episode is over, in which case nobody reads the observation."""
+"""(observation, reward, done): the environment's next message, the reward of the turn (None: none
+yet), and whether the episode is over, in which case the observation is ignored."""
 
 AT_ONCE = 16
 """Steps that run at the same time; as many that are late and still run are the end of stepping,
@@ -54,21 +54,21 @@ class Environment:
     without an environment."""
 
     role = "user"
-    """Of the observations in the chat template; `tool` where the template knows that."""
+    """Role of the observations in the chat template; `tool` if the template has it."""
 
     def reset(self, prompt: Prompt) -> None:
         """Called once, before the first `step`; the prompt has the row's `answer`, `messages` and
         `columns`."""
 
     def step(self, text: str) -> Step:
-        """Takes what the model said in this turn, end token left out. The last turn of an episode
-        is stepped, too, also where it was cut at the most tokens."""
+        """Answers the model's text of this turn, without its end token. Called for every turn, also
+        for the last one and for one that reached the length limit."""
         return "", None, True
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Session:
-    """The episode of one sample that is under way."""
+    """The running episode of one sample."""
 
     environment: Any = None
     turns: list[int] = field(default_factory=list)
@@ -78,10 +78,11 @@ class Session:
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class GroupEpisodes:
-    """Of one group: the samples that go on, those that have ended, and every sample's session."""
+    """The episodes of one group: samples that go on, samples that have ended, and the session of
+    each."""
 
     going_on: tuple[Completion, ...] = ()
-    """They end with an observation, and the engine is to go on from there."""
+    """Samples that end with an observation, after which the engine continues."""
     ended: list[Completion] = field(default_factory=list)
     sessions: dict[int, Session] = field(default_factory=dict)
 
@@ -173,7 +174,8 @@ class Episodes:
         return _with_observation(completion, tokens)
 
     async def _in_thread(self, work: Callable[[], Step]) -> Step:
-        """Its result; `_StepError` for what it raises and where it is late."""
+        """The result of `work`, run in a daemon thread. Raises `_StepError` if `work` raises, or
+        takes longer than the deadline."""
         async with self._slots:
             self._late = [thread for thread in self._late if thread.is_alive()]
             if len(self._late) >= AT_ONCE:
@@ -235,7 +237,7 @@ def _checked(reply: Any) -> Step:
 
 
 def whole(completion: Completion, before: Completion | None) -> Completion:
-    """An engine's continuation of `before`, with the mask, which engines know nothing of."""
+    """An engine's continuation of `before`, with the loss mask, which engines do not know."""
     if before is None:
         return completion
     had = len(before)
@@ -246,8 +248,8 @@ def whole(completion: Completion, before: Completion | None) -> Completion:
 
 
 def _with_observation(completion: Completion, tokens: Sequence[int]) -> Completion:
-    """The tokens are of the version before them, since nobody sampled them, and neither have a
-    log-prob nor train."""
+    """The completion followed by an observation's tokens. They belong to the version before them,
+    since nobody sampled them, have log-prob 0 and do not train."""
     count, total = len(tokens), len(completion) + len(tokens)
     spans = [*completion.spans, Span(completion.spans[-1].version, len(completion), total)]
     return replace(

@@ -1,19 +1,20 @@
-"""Where a model's files are on this machine."""
+"""Local directories of models, given as a path or as a Hugging Face Hub id."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-"""Files that are fetched of a repository: weights, configuration, tokenizer; not the same weights
-in other formats."""
+"""Files to download from a repository: weights, configuration and tokenizer, but not the same
+weights in other formats."""
 
 
 def model_directory(name: str) -> Path:
-    """A local directory as it is; for a Hub id its snapshot in Hugging Face's cache, fetched where
-    it is not there yet.
+    """`name` itself if it is a local directory, else the Hub repository's snapshot in Hugging
+    Face's cache, downloaded if needed.
 
-    OSError and ValueError are huggingface_hub's, where there is no such repository or no way to it.
+    Raises huggingface_hub's OSError or ValueError if the repository does not exist or cannot be
+    reached.
     """
     if Path(name).is_dir():
         return Path(name)

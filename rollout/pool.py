@@ -1,7 +1,7 @@
-"""The rollout pool: deals groups to the workers of its crew, and gathers what they decode.
+"""The rollout pool: assigns groups to its workers, and gathers their completions.
 
-Everything runs on the driver's event loop. Every request has an owner and a deadline; what a lost
-worker had not answered is asked again of another.
+Everything runs on the driver's event loop. Every request has an owner and a deadline; the
+unfinished requests of a lost worker are submitted to another.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class RolloutPool(Crew):
             tell=tell,
         )
         self.episodes: Episodes | None = None
-        """Where an environment answers the model: the loop over turns."""
-        # groups that no worker has and that are to have another turn, or may have one
+        """The loop over turns; None without environments."""
+        # groups between two turns, which no worker has
         self._between: set[Job] = set()
-        self._next: list[Job] = []  # of these, those whose environments have answered
+        self._next: list[Job] = []  # those of `_between` whose environments have answered
         self._failure: ActorLostError | None = None
         self._lengths = 0.0
         self._answers = 0
@@ -78,18 +78,17 @@ class RolloutPool(Crew):
                 yield numbers[outcome], outcome.result()
 
     async def serve(self, update: WeightUpdate) -> list[dict[str, float]]:
-        """Has every worker serve the version that is announced: all prepare it while they decode,
-        then all commit. Returns the figures of each (`receiver.Report`), with the version that it
-        serves."""
+        """Makes every worker serve the announced version: all prepare it while they decode, then
+        all commit. Returns each worker's `receiver.Report`, with the version that it serves."""
         return await self._serve_version(update, self._sync_timeout)
 
     def serve_later(self, update: WeightUpdate) -> None:
-        """As `serve`, but returns at once: each worker serves the new version when it has finished
-        what it decodes, and begins nothing before. What fails is raised by whatever is asked for
-        next."""
+        """As `serve`, but returns at once: each worker finishes its running groups, begins no new
+        ones, and then serves the new version. A failure is raised by the next request."""
 
         async def work() -> None:
             try:
+                # a commit comes after the running groups, which may take all of `timeout`
                 await self._serve_version(update, self._sync_timeout + self._timeout)
             except ActorLostError as failure:
                 self._fail(failure)
@@ -99,8 +98,8 @@ class RolloutPool(Crew):
     # Groups
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Asks for these groups: gives them to the workers that have the least to do; what they may
-        not take yet stays in the backlog."""
+        """Requests these groups of the least loaded workers; those that no worker may take yet stay
+        in the backlog."""
         expected = self._lengths / self._answers if self._answers else None
         for job in jobs:
             job.cost = job.samples * (job.sampling.max_tokens if expected is None else expected)
@@ -117,7 +116,8 @@ class RolloutPool(Crew):
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """An error of our own must reach those who wait, too."""
+        """Ends a background task; its unexpected error fails all groups, so that nobody waits for
+        ever."""
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fail(ActorLostError(f"the rollout pool failed: {type(error).__name__}: {error}"))
@@ -127,12 +127,11 @@ class RolloutPool(Crew):
         self._seats[i].busy(len(self._dispatch.jobs[i]))
 
     async def _serve(self, i: int, share: Sequence[Job]) -> None:
-        """One request of a worker: all its groups, within the deadline.
+        """Sends one request, `share`, to worker i and gathers its groups within the deadline.
 
-        Where everything is asked for at once, the worker that takes a lost one's place gets the
-        same request again, whatever of it had come: what decodes together decides the last bits of
-        the log-probs, so the run repeats bit for bit. Otherwise what is left goes to whoever has
-        least to do.
+        Where all groups are submitted at once, the replacement of a lost worker gets the whole
+        request again, whatever of it had come: the batch decides the last bits of the log-probs, so
+        the run repeats bit for bit. Otherwise the remaining groups go to the least loaded workers.
         """
         left = dict(enumerate(share))
         request = [(job.prompt, job.samples, job.sampling) for job in share]
@@ -159,7 +158,7 @@ class RolloutPool(Crew):
     async def _stream(
         self, i: int, worker: Any, request: Any, begun: Any, left: dict[int, Job]
     ) -> None:
-        """Takes the groups that are `left` of a request as they come."""
+        """Receives the groups that are `left` of a request as they become complete."""
         deadline = time.monotonic() + self._timeout
         stream = worker.generate.options(num_returns="streaming").remote(request, begun)
         try:
@@ -177,8 +176,8 @@ class RolloutPool(Crew):
             )
 
     async def _after_loss(self, i: int, worker: Any, why: str, left: dict[int, Job]) -> bool:
-        """Brings another worker to the place of a lost one; whether it is to be asked for the same
-        again."""
+        """Replaces a lost worker. Returns whether the same request is to be sent to its
+        replacement."""
         lost = [job for job in left.values() if not job.cut]
         if not self._all_at_once:
             for job in lost:
@@ -225,7 +224,8 @@ class RolloutPool(Crew):
     async def _answer(
         self, episodes: Episodes, job: Job, completions: tuple[Completion, ...]
     ) -> None:
-        """The environments answer a group's turn; then it is to have another, or is there."""
+        """Passes a group's turn to its environments; then the group awaits another turn, or is
+        finished."""
         await episodes.advance(job.episodes, job.prompt, job.sampling, completions)
         if job not in self._between:  # it was cut meanwhile, or everything failed
             return
@@ -237,9 +237,9 @@ class RolloutPool(Crew):
         self._next_turns()
 
     def _next_turns(self) -> None:
-        """Deals the groups that go on, before new ones. Where everything was asked for at once,
-        they wait for each other, so that what decodes together does not depend on the clock and a
-        synchronous run repeats bit for bit."""
+        """Submits the groups that go on, before new ones. Where all groups are submitted at once
+        they wait for each other: batches then do not depend on the clock, and a synchronous run
+        repeats bit for bit."""
         under_way = (
             self._dispatch.backlog
             or any(self._dispatch.jobs)
@@ -249,12 +249,13 @@ class RolloutPool(Crew):
             return
         jobs = sorted(self._next, key=lambda job: job.prompt.id)
         self._between.difference_update(jobs)
-        self._next, waiting = [], list(self._dispatch.backlog)
+        self._next = []
+        waiting = list(self._dispatch.backlog)
         self._dispatch.backlog.clear()
         self.submit([*jobs, *waiting])
 
     def cut(self, jobs: Sequence[Job]) -> None:
-        """Ends these groups."""
+        """Ends these groups; `Job.was_cut` gets their partial samples."""
         for job in jobs:
             job.cut = True
             job.outcome.cancel()
@@ -272,14 +273,14 @@ class RolloutPool(Crew):
     async def _end(self, worker: Any, jobs: dict[str, Job]) -> None:
         try:
             ended = await asyncio.wait_for(worker.cut.remote(list(jobs)), self._sync_timeout)
-        except LOST:  # whoever waits for its other groups finds that out
+        except LOST:  # found, and answered, by `_serve`, which waits for its other groups
             return
         for parts in ended:
             job = jobs[parts[0].prompt_id]
             job.was_cut((*job.episodes.ended, *parts))
 
     def _fail(self, failure: ActorLostError) -> None:
-        """Nothing more will come: tells everybody who waits."""
+        """Fails every group, running or waiting; later ones fail at once with the same error."""
         self._failure = self._failure or failure  # the first is the cause
         jobs = [*self._dispatch.clear(), *self._between]
         self._between.clear()

@@ -2,11 +2,11 @@
 
     engine serves v --prepare(update)--> w is ready beside it --commit(w)--> engine serves w
 
-PREPARE fetches and verifies what changes, and finds where, in a thread of its own, while the engine
-decodes. COMMIT, all that decoding waits for, is one `apply` of the engine with that.
-The only copy of all weights is the engine's (`Engine.held`). Either may come twice, late, or for a
-version that was passed long ago; it then does nothing. Whatever goes wrong leaves what is served as
-it was.
+PREPARE fetches and verifies the changes, and locates the elements to write, in a thread, while the
+engine decodes. COMMIT is one `apply` of the engine; only for that does decoding wait.
+The only copy of all weights is the engine's (`Engine.held`). Either call may come twice, late, or
+for an older version than the served one; it then does nothing. An error leaves the served weights
+as they were.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RECOVERABLE = (CorruptPatchError, DigestMismatchError, VersionError, TransferErr
 
 
 class UnrecoverableError(RuntimeError):
-    """No way that was announced leads to the version; the message says why each failed."""
+    """No announced route leads to the version; the message says why each failed."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,11 +58,11 @@ class Report:
     prepare_s: float = 0.0
     """Verifying and materialising."""
     apply_s: float = 0.0
-    """Seconds for which decoding stood still."""
+    """Seconds for which decoding was paused."""
     digest_failures: int = 0
-    """Patches that were refused: damaged, or not giving the digests of the learners."""
+    """Patches refused: damaged, or giving other digests than the learners'."""
     replays: int = 0
-    """Patches and anchors beyond the newest patch that it took to catch up."""
+    """Patches and anchors needed besides the newest patch."""
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -74,10 +74,9 @@ class Ready:
 
     update: WeightUpdate
     steps: tuple[WeightPatch, ...]
-    """Verified patches, each of which builds on the one before: whole tensors, or what changes in
-    them."""
+    """Verified patches, each based on the one before: whole tensors, or changes to them."""
     passed: tuple[tuple[int, str], ...]
-    """(version, root) of what the first one builds on, if it does, and of what each leads to."""
+    """(version, root) of the first patch's base, if it has one, and of each patch's result."""
 
     @property
     def patch(self) -> WeightPatch:
@@ -85,7 +84,8 @@ class Ready:
         return reduce(merge, self.steps)
 
     def after(self, held: Weights | None) -> WeightPatch:
-        """The steps that are left from what is held, as one."""
+        """The remaining steps from the held weights, merged; all steps if these are not among
+        `passed`."""
         if held is None or (held.version, held.root) not in self.passed:
             return self.patch
         done = self.passed.index((held.version, held.root))
@@ -97,7 +97,7 @@ class Ready:
 
 
 class Receiver:
-    """One engine's; all methods on one event loop."""
+    """The receiver of one engine; all methods run on one event loop."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class Receiver:
         threads: int = 1,
         apply: Callable[[WeightPatch], Awaitable[int]] | None = None,
     ) -> None:
-        """apply: what stands for the engine's own, where somebody has to know before."""
+        """apply: called instead of the engine's `apply`."""
         self._engine = engine
         self._link = link
         self._threads = threads
@@ -123,8 +123,8 @@ class Receiver:
         self._report = Report()
 
     async def prepare(self, update: WeightUpdate) -> None:
-        """Makes the announced version ready. `UnrecoverableError` if no announced way leads
-        there."""
+        """Makes the announced version ready. Raises `UnrecoverableError` if no announced route
+        leads there."""
         async with self._preparing:
             if update.engines is not None and update.version > self._engine.version:
                 self._transfer = update
@@ -133,10 +133,11 @@ class Receiver:
                 await asyncio.to_thread(self._prepare, update)
 
     async def commit(self, version: int) -> dict[str, float]:
-        """Has the engine serve what was prepared, of at least this version; the update's cost
-        (`Report`). VersionError if that is not ready; `prepare` must come first."""
+        """Makes the engine serve the prepared version, which must be at least `version`; returns
+        the update's `Report`. Raises VersionError if `prepare` did not come first."""
         async with self._committing:
-            update, self._transfer = self._transfer, None
+            update = self._transfer
+            self._transfer = None
             if update is not None and update.engines is not None:
                 try:
                     return await self._receive(update, update.engines)
@@ -152,7 +153,7 @@ class Receiver:
             start = time.perf_counter()
             try:
                 served = await self._apply(patch)
-            except DigestMismatchError:  # what the engine held is damaged: everything anew, once
+            except DigestMismatchError:  # the engine's weights are damaged: load all of them, once
                 anew = await asyncio.to_thread(self._anew, ready.update)
                 self._report.digest_failures += 1
                 served = await self._apply(anew)
@@ -164,19 +165,20 @@ class Receiver:
             return replace(self._report, version=served).as_dict()
 
     async def catch_up(self, update: WeightUpdate) -> dict[str, float]:
-        """Both, for a worker that was restarted or joins late: without the others."""
+        """`prepare` and `commit` for a worker that was restarted or joins late, without the
+        engines' own transfer, in which all workers take part."""
         await self.prepare(replace(update, engines=None))
         return await self.commit(update.version)
 
     @property
     def version(self) -> int:
-        """The version that a peer can have from here; -1: none."""
+        """The version that `export` gives to a peer; -1: none."""
         held = self._engine.held
         return -1 if held is None else held.version
 
     def export(self) -> Bytes:
-        """The bytes of an anchor of what is served, for a peer that has nothing. VersionError if
-        nothing is."""
+        """The bytes of an anchor of the served weights, for a peer without any. Raises VersionError
+        if nothing is served."""
         held = self._engine.held
         if held is None:
             raise VersionError("nothing is held here yet")
@@ -186,8 +188,8 @@ class Receiver:
         return np.frombuffer(b"".join(pieces(anchor)), np.uint8)
 
     async def _receive(self, update: WeightUpdate, version: EngineTransfer) -> dict[str, float]:
-        """The engine's own processes receive from the learners; `TransferError` if not all workers
-        come to that."""
+        """The engine's own processes receive the weights from the learners. Raises `TransferError`
+        unless all workers take part."""
         missed = False
 
         def fallback() -> Mapping[str, TensorBytes]:
@@ -231,7 +233,8 @@ class Receiver:
         self._attempt = update.attempt
 
     def _onto_what_is_served(self, ready: Ready) -> WeightPatch:
-        """The patch for an engine that has moved on since it was made, or has lost what it held."""
+        """The patch from what the engine holds now, which may have changed since `prepare`, or be
+        nothing."""
         held = self._engine.held
         if not _leads_on(ready, held):
             return self._reach(ready.update, held, None).patch
@@ -240,7 +243,7 @@ class Receiver:
         return replace(ready.after(held), base_version=held.version, base_root=held.root)
 
     def _anew(self, update: WeightUpdate) -> WeightPatch:
-        """All tensors of the announced version, whatever is held."""
+        """A whole patch with all tensors of the announced version, whatever is held."""
         self._report = Report(version=update.version)
         return self._reach(update, None, None).patch
 
@@ -330,7 +333,7 @@ def _after(held: Weights | None, ready: Ready | None) -> Weights | None:
 def _joined(
     update: WeightUpdate, ready: Ready | None, base: Weights | None, patch: WeightPatch
 ) -> Ready:
-    """One patch after another."""
+    """`ready` with `patch` as its next step; just `patch` if that needs no base."""
     here = (patch.version, patch.root)
     if patch.base_version is None or base is None:
         return Ready(update=update, steps=(patch,), passed=(here,))
@@ -340,8 +343,8 @@ def _joined(
 
 
 def _covers(newest: Weights, update: WeightUpdate) -> bool:
-    """Whether there is nothing to do: the update was followed already, or a later one of its run
-    was."""
+    """Whether an update needs no work, as these weights are of the same version or a later one of
+    its run."""
     if newest.run_id != update.run_id or newest.version < update.version:
         return False
     return newest.version > update.version or newest.root == update.root

@@ -1,7 +1,6 @@
-"""The nouns `Prompt`, `Sampling` and `Completion`: what goes into an engine and what comes out of
-it.
+"""The inputs of an engine, `Prompt` and `Sampling`, and its output, `Completion`.
 
-Token ids are the truth from here to the learner: text is decoded once for the grader and never
+Only token ids travel from here to the learner: text is decoded once for the grader and never
 tokenised again.
 """
 
@@ -34,19 +33,20 @@ class Prompt:
     messages: tuple[Mapping[str, str], ...] = ()
     """The conversation before the chat template, each `{"role": ..., "content": ...}`."""
     prefix: str = ""
-    """The beginning of the answer, where the prompt has it already: its last tokens. Verifiers read
-    it before what was sampled."""
+    """The beginning of the answer that the prompt's last tokens already contain. Verifiers read it
+    before the sampled text."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Every other column of the data row, handed to reward functions by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How tokens are drawn, in this order: repetition penalty, temperature, min-p, top-k, top-p.
+    """Sampling parameters, applied in this order: repetition penalty, temperature, min-p, top-k,
+    top-p.
 
-    Log-probs are of the distribution that is left after all of them, renormalised, so the one
-    really sampled. A learner, which knows the temperature alone, cannot take them for its old
-    policy where anything else is set.
+    Log-probs are of the renormalised distribution after all of them, the one that is sampled. A
+    learner applies the temperature alone, so with any other parameter set it cannot take them as
+    its old policy's.
     """
 
     max_tokens: int
@@ -67,8 +67,8 @@ class Sampling:
     """The token that completes one of these texts ends a completion and is its last. Only sampled
     tokens count."""
     seed: int = 0
-    """With the prompt's id and the sample's index it fixes every draw, whatever else shares the
-    batch."""
+    """Fixes every draw, together with the prompt's id and the sample's index, whatever else is in
+    the batch."""
 
 
 class Span(NamedTuple):
@@ -87,10 +87,10 @@ the environment raised, was late, or returned something else than (observation, 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Episode:
-    """The turns of a completion, as its environment answered them."""
+    """The turns of a completion, and how its environment ended them."""
 
     turns: tuple[int, ...]
-    """Where each turn of the model begins among the completion's tokens."""
+    """Index of each turn's first token among the completion's tokens."""
     messages: tuple[Mapping[str, str], ...]
     """The conversation after the prompt, as text: the model's turns, and the observations between
     them."""
@@ -102,8 +102,7 @@ class Episode:
 
     @property
     def failed(self) -> bool:
-        """Whether it was the environment that failed: such an episode says nothing about the
-        policy."""
+        """Whether the environment failed, so that the episode says nothing about the policy."""
         return self.status in ("error", "timeout", "bad_reply")
 
 
@@ -132,7 +131,7 @@ class Completion:
     """[T] whether the token was drawn from the policy, and so trains; None: all were. Others are an
     environment's words."""
     episode: Episode | None = None
-    """Its turns, where there is an environment."""
+    """Its turns; None without an environment."""
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
@@ -179,12 +178,12 @@ class Completion:
 
     @property
     def last_turn(self) -> int:
-        """Where the model's last turn begins."""
+        """Index of the first token of the model's last turn."""
         return 0 if self.episode is None else self.episode.turns[-1]
 
     @property
     def oldest_version(self) -> int:
-        """The version of the stalest token (of the newest weights where there is no token)."""
+        """The oldest version among the tokens'; 0 without tokens."""
         return min((span.version for span in self.spans), default=0)
 
 

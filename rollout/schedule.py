@@ -1,6 +1,6 @@
-"""The schedule: which groups may start, which are ready to train on, and which have become too old;
-and `Dispatch`: which worker decodes which group. Pure bookkeeping, without Ray and without a clock:
-`emberl plan` simulates runs with the same objects.
+"""`Schedule` decides which groups may start, which are ready to train on, and which are too old;
+`Dispatch` decides which worker decodes which group. Pure bookkeeping, without Ray and without a
+clock: `emberl plan` simulates runs with the same objects.
 
 A step trains B groups on weights of some version v and publishes version v + 1. With
 `max_staleness` k a token sampled by version w may train up to version w + k, its group's
@@ -47,7 +47,7 @@ class Counts:
     """Handed to a worker, again after a loss included."""
     finished: int = 0
     reissued: int = 0
-    """Lost with their worker, and issued anew."""
+    """Lost with their worker, and issued again."""
     cut: int = 0
     """Thrown away while they were decoded."""
     trained: int = 0
@@ -58,8 +58,8 @@ class Counts:
 
 
 class Schedule(Generic[T]):
-    """Groups by number (the order of admission) from admission to training; T is what a finished
-    group is.
+    """The groups from admission to training, by number (the order of admission); T is the type of a
+    finished group.
 
     Not thread-safe.
     """
@@ -78,8 +78,8 @@ class Schedule(Generic[T]):
         self.width = ceil(groups_per_step * oversample) + groups_per_step * max_staleness
         """Open groups at most."""
         self.version = self.served = 0
-        """The version that learners train, and the one that a group admitted now may start with:
-        older while workers finish what they decode before they take an update."""
+        """The version that learners train, and the one with which a group admitted now may start,
+        which is older while workers finish running groups before an update."""
         self.counts = Counts()
         self._started: dict[int, int] = {}  # number -> version at which a worker got it
         # number -> (version of the oldest token, the group)
@@ -88,7 +88,7 @@ class Schedule(Generic[T]):
 
     @property
     def running(self) -> int:
-        """Groups that are decoded or marked."""
+        """Number of groups that are being decoded or graded."""
         return len(self._started)
 
     @property
@@ -97,7 +97,7 @@ class Schedule(Generic[T]):
 
     @property
     def room(self) -> int:
-        """How many groups may be admitted now."""
+        """Number of groups that may be admitted now."""
         behind = self.groups_per_step * (self.version - self.served)
         return max(
             0, self.width - behind - len(self._started) - len(self._ready) - len(self._training)
@@ -105,7 +105,7 @@ class Schedule(Generic[T]):
 
     @property
     def open(self) -> list[int]:
-        """Groups that were admitted and have not been taken."""
+        """Numbers of the groups that were admitted and not taken yet, ascending."""
         return sorted([*self._started, *self._ready])
 
     def admit(self, number: int) -> None:
@@ -117,14 +117,15 @@ class Schedule(Generic[T]):
         self.counts.issued += 1
 
     def reissue(self, number: int) -> None:
-        """The group's worker was lost; it starts anew, with the newest weights."""
+        """Records that a group starts again, with the newest weights, after its worker was lost."""
         if number in self._started:
             self._started[number] = self.served
             self.counts.reissued += 1
             self.counts.issued += 1
 
     def finish(self, number: int, group: T, oldest_version: int) -> None:
-        """The group is there; one that was thrown away meanwhile stays so."""
+        """Records a finished group as ready, or as stale if it is past its deadline; ignores one
+        that was thrown away meanwhile."""
         if number not in self._started:
             return
         del self._started[number]
@@ -135,7 +136,7 @@ class Schedule(Generic[T]):
             self._ready[number] = (oldest_version, group)
 
     def drop(self, number: int) -> None:
-        """A ready group that will not train makes room for another."""
+        """Removes a ready group that will not train."""
         if self._ready.pop(number, None) is not None:
             self.counts.dropped += 1
 
@@ -230,8 +231,8 @@ J = TypeVar("J", bound=Decodable)
 
 
 class Dispatch(Generic[J]):
-    """Groups go to the worker with the fewest tokens to decode, the first of equal ones, so equal
-    groups are dealt in turn and the same groups go to the same workers in the same order."""
+    """Assigns groups to the worker with the fewest tokens to decode, the first of equal ones. So
+    equal groups go round, and the same groups go to the same workers in the same order."""
 
     def __init__(self, workers: int, max_samples: int | None = None) -> None:
         """max_samples: a worker that has so many answers gets no further group; None: all."""
@@ -261,10 +262,10 @@ class Dispatch(Generic[J]):
         return shares
 
     def release(self, worker: int, job: J) -> None:
-        """The worker has it no longer."""
+        """Takes a group from its worker."""
         del self.jobs[worker][job]
         self._samples[worker] -= job.samples
-        # not what rounding leaves of it: a tie must be one
+        # exactly 0 without jobs: what rounding leaves would decide between idle workers
         self._load[worker] = self._load[worker] - job.cost if self.jobs[worker] else 0.0
         self._changed(worker)
 

@@ -55,8 +55,7 @@ class StopMatcher:
 
 
 class StopStrings:
-    """Matchers for the answers of one model, whose tokenizer is read when the first is asked
-    for."""
+    """Matchers for the answers of one model; its tokenizer is read with the first of them."""
 
     def __init__(self, model: str | Path | None) -> None:
         """model: a Hugging Face directory or a Hub id; None: there is no tokenizer."""
@@ -65,7 +64,8 @@ class StopStrings:
         self._matchers: dict[tuple[str, ...], StopMatcher] = {}
 
     def matcher(self, stop: tuple[str, ...]) -> StopMatcher | None:
-        """None for no strings; ValueError where tokens cannot be read as text."""
+        """The matcher of these strings; None for no strings. Raises ValueError if the model has no
+        tokenizer, or one whose tokens add no fixed bytes."""
         if not stop:
             return None
         if stop not in self._matchers:
@@ -92,8 +92,8 @@ def cut(text: str, stop: Sequence[str], *, keep: bool) -> str:
 
 
 def token_bytes(tokenizer: Any) -> list[bytes]:
-    """The bytes that each token id adds to a text, by id; ValueError for a tokenizer whose tokens
-    add no fixed bytes."""
+    """The bytes that each token adds to a text, indexed by token id. Raises ValueError for a
+    tokenizer whose tokens add no fixed bytes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     pieces = {id: piece for piece, id in tokenizer.get_vocab().items()}
     added = {int(id): str(token) for id, token in tokenizer.added_tokens_decoder.items()}
@@ -108,8 +108,8 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
 
 
 def _check(tokenizer: Any, id: int, piece: bytes) -> None:
-    """That the tokenizer itself reads a token as these bytes, but for a space before it, which it
-    may leave out."""
+    """Raises ValueError unless the tokenizer decodes the token to these bytes. A leading space may
+    differ: tokenizers may drop it."""
     try:
         expected = piece.decode()
     except UnicodeDecodeError:  # a part of a character, of which a tokenizer shows nothing
@@ -124,14 +124,14 @@ def _check(tokenizer: Any, id: int, piece: bytes) -> None:
 
 
 def _byte_level(piece: str) -> bytes:
-    """Of GPT-2's alphabet, which has a printable character for each byte."""
+    """The bytes of a token in GPT-2's alphabet, which has a printable character for each byte."""
     if all(character in _BYTE_OF for character in piece):
         return bytes(_BYTE_OF[character] for character in piece)
     return piece.encode()
 
 
 def _sentence_piece(piece: str) -> bytes:
-    """Of SentencePiece: a low line block for a space, `<0x0A>` for a byte."""
+    """The bytes of a SentencePiece token, with U+2581 for a space and e.g. `<0x0A>` for a byte."""
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
         return bytes([int(piece[3:5], 16)])
     return piece.replace("\u2581", " ").encode()

@@ -1,5 +1,5 @@
-"""A trace of what an actor's process does, by torch's own profiler, as bytes that travel to the
-driver: nodes need share no disk."""
+"""A trace of an actor's process by torch's profiler, returned to the driver as bytes, so that nodes
+need not share a disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch._C._profiler import _ExperimentalConfig
 
 
 class ProcessTrace:
-    """Off but between `begin` and `end`; costs nothing while off."""
+    """A profiler of this process that records between `begin` and `end`, and costs nothing else."""
 
     def __init__(self) -> None:
         self._profile: Any = None
@@ -26,9 +26,10 @@ class ProcessTrace:
         self._profile.start()
 
     def end(self) -> bytes:
-        """The trace since `begin`, as gzipped JSON in Chrome's format; none where it was not begun,
-        as in an actor that replaced another."""
-        profile, self._profile = self._profile, None
+        """The trace since `begin`, as gzipped JSON in Chrome's format; b"" without a `begin`, as in
+        an actor that replaced another."""
+        profile = self._profile
+        self._profile = None
         if profile is None:
             return b""
         profile.stop()

@@ -41,7 +41,7 @@ NOTHING = -1
 
 
 class RolloutWorker:
-    """Serves prompts with the newest weights that it was given; all methods but the first run on
+    """Decodes prompts with the newest weights that it was given; all methods but `__init__` run on
     one event loop."""
 
     def __init__(self, spec: WorkerSpec) -> None:
@@ -66,30 +66,29 @@ class RolloutWorker:
             yield groups
 
     async def cut(self, prompt_ids: Collection[str]) -> list[tuple[Completion, ...]]:
-        """Ends these groups; returns what they had."""
+        """Ends these groups; returns their partial samples."""
         return await self.service.cut(prompt_ids)
 
     async def reset(self) -> None:
-        """Ends all groups: whoever asked for them is gone."""
+        """Ends all groups, after whoever asked for them is gone."""
         await self.service.cut_all()
 
     async def prepare(self, update: WeightUpdate) -> None:
-        """Makes a version ready while the old one is decoded with; raises if no bytes that can be
-        had are the learners'."""
+        """Makes a version ready while decoding goes on (`Receiver.prepare`)."""
         await self.receiver.prepare(update)
 
     async def commit(self, version: int) -> dict[str, float]:
-        """Serves what was prepared; the figures of it (`receiver.Report`), with the version that is
-        served from now on."""
+        """Serves what was prepared; returns the `receiver.Report`, with the version that is served
+        from now on."""
         report = await self.receiver.commit(version)
         return report | {"engine_restarts": float(getattr(self.engine, "restarts", 0))}
 
     async def catch_up(self, update: WeightUpdate) -> dict[str, float]:
-        """Both at once, for a worker that was restarted or joins late."""
+        """`prepare` and `commit` at once, for a worker that was restarted or joins late."""
         return await self.receiver.catch_up(update)
 
     async def offer(self) -> tuple[str, int]:
-        """This worker's offer to its peers: its node, and its version."""
+        """(node id, version) of this worker, by which a new worker's source is chosen."""
         node: str = ray.get_runtime_context().get_node_id()
         return node, self.receiver.version
 
@@ -117,11 +116,11 @@ class RolloutWorker:
         return await self.service.decoded(requests)
 
     async def sleep(self, level: int) -> None:
-        """Leaves the device to the learners."""
+        """Frees the device for the learners."""
         await self.engine.sleep(level)
 
     async def wake(self) -> None:
-        """Serves again what it served."""
+        """Serves again what it served before `sleep`."""
         await self.engine.wake()
 
     async def digests(self) -> dict[str, str]:
@@ -140,8 +139,7 @@ class RolloutWorker:
 
 
 class _Group:
-    """One group in one turn: the samples that are finished, and those that wait with a
-    beginning."""
+    """One group in one turn: its finished samples, and partial ones that wait to go on."""
 
     def __init__(self, given: Sequence[Completion]) -> None:
         self.finished: list[Completion] = []
@@ -149,17 +147,18 @@ class _Group:
         self._given = {completion.sample: completion for completion in given}
 
     def take(self) -> list[Completion]:
-        begun, self.begun = self.begun, []
+        begun = self.begun
+        self.begun = []
         return begun
 
     def park(self, part: Completion) -> None:
-        """As an engine gives it back, which knows of no masks."""
+        """Keeps a partial sample as an aborting engine returns it, without a loss mask."""
         self.begun.append(whole(part, self._given.get(part.sample)))
 
 
 class GroupService:
-    """Whole groups from an engine, and what becomes of those in flight when new weights come; all
-    on one event loop.
+    """Makes whole groups of an engine's completions, and treats those in flight when new weights
+    come; all on one event loop.
 
     `schedule.in_flight` decides:
     - `update`: they go on with the new weights at the next token (PipelineRL, arXiv 2509.19128).
@@ -247,8 +246,8 @@ class GroupService:
                     self._quiet.notify_all()
 
     async def apply(self, patch: WeightPatch) -> int:
-        """The version served from now on; raises if a single byte differs from what the learners
-        hold."""
+        """Applies a patch by the rule of `in_flight`; returns the version served from now on.
+        Raises the errors of `Engine.apply`."""
         if self._in_flight == "update":
             return await self.engine.apply(patch)
         async with self._alone(park=self._in_flight == "park"):
@@ -256,7 +255,8 @@ class GroupService:
 
     @asynccontextmanager
     async def _alone(self, *, park: bool) -> AsyncIterator[None]:
-        """Within, nothing is decoded for anybody else."""
+        """A context in which nothing is decoded for running groups; `park`: they are set aside
+        instead of finished."""
         self._updates += 1
         try:
             async with self._updating:
@@ -298,8 +298,8 @@ class GroupService:
             )
 
     async def prove_alone(self, seed: int, requests: Sequence[Request]) -> DecodeProof | None:
-        """As `prove`, with a canary of the weights that are held here: where there is nobody to say
-        what it computes. None also where nothing is held."""
+        """`prove` with a canary made of the weights that are held here, without a learner. None
+        also where nothing is held."""
         held = self.engine.held
         if held is None:
             return None

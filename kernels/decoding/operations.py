@@ -182,6 +182,7 @@ def draw(logits, temperature, greedy, uniform, tokens, logprobs, start, stop):
             total += part
         token = size - 1
         if greedy[i]:
+            # backwards: of equal logits the first is taken
             for v in range(size - 1, -1, -1):
                 if load(row[v]) == top:
                     token = v

@@ -40,8 +40,8 @@ def log_once(message: str) -> None:
 
 
 def usable_shift(shift: Tensor | None, index: Tensor, like: Tensor) -> Tensor:
-    """Log-prob estimates of the tokens `index`; 0 where there is none, which suits every token
-    above e^-40."""
+    """Log-prob estimates of the tokens `index`; 0 where there is none, which is near enough for
+    every token more likely than e^-40 (`MAX_SHIFT_ERROR`)."""
     if shift is None:
         return like.new_zeros(len(index))
     return shift[index].to(like.dtype).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(max=0.0)
@@ -95,6 +95,7 @@ class _LogProb(torch.autograd.Function):
         ctx.chunk_bytes = chunk_bytes
         ctx.save_for_backward(hidden, weight, bias, raw, stats.logp)
         ctx.mark_non_differentiable(stats.one_minus_p)
+        # a missing gradient stays None: zeros for the entropy would cost a pass over the tile
         ctx.set_materialize_grads(False)
         return stats.logp, stats.one_minus_p, stats.entropy
 
@@ -127,7 +128,7 @@ def logprob(job: Job, index: Tensor, *, shift: Tensor | None, chunk_bytes: int) 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FormedLoss:
-    """A total loss with the gradients that belong to it."""
+    """A total loss with its gradients by hidden, weight and bias (None: not wanted)."""
 
     value: Tensor
     stats: TokenStats
@@ -136,7 +137,7 @@ class FormedLoss:
 
 
 class _Run:
-    """One pass over a batch: what the chunks add to."""
+    """One pass over a batch: the accumulators to which its chunks add."""
 
     def __init__(self, job: Job, loss: TokenLoss, shift: Tensor | None, raw: Tensor) -> None:
         self.job = job
@@ -168,8 +169,8 @@ class _Run:
             backward(self.job, scored, terms.dlogp, terms.dentropy, self.grads)
 
     def two_pass(self, parts: Sequence[Tensor], buffer: Tensor) -> None:
-        """A sequence longer than a chunk whose tokens are coupled: score all of it, then score
-        again for gradients."""
+        """A sequence of coupled tokens that is longer than a chunk: scores all its chunks for the
+        loss, then each again for the gradients (four products)."""
         index = torch.cat(list(parts))
         recomputed = []
         for part in parts:
@@ -208,8 +209,8 @@ def formed_loss(
     shift: Tensor | None,
     chunk_bytes: int,
 ) -> FormedLoss:
-    """Loss over the tokens `index` [N], all of them, and gradients for the operands that `needs`
-    names."""
+    """The loss over the tokens `index` [N] int64, and the gradients by those of hidden, weight and
+    bias for which `needs` is true."""
     run = _Run(job, loss, shift, target_logits(job, index))
     limit = chunk_size(job, chunk_bytes, keep=any(needs))
     units = _units(index, loss, sequence_ids, limit)
@@ -255,6 +256,7 @@ class Formed(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         factor = float(upstream)
         grads = ctx.saved_tensors
+        # a product would copy the weight's gradient [V, H], and the factor is 1 mostly
         if factor != 1.0:
             grads = tuple(
                 None if grad is None else grad * upstream.to(grad.dtype) for grad in grads

@@ -18,10 +18,10 @@ from .chunked import Formed
 from .head import Head, accumulator, product_dtype
 
 CHUNK_BYTES = 128 << 20
-"""Of a chunk's logits; about six tensors of this size are held at once."""
+"""Bytes of a chunk's logits; about six tensors of this size are held at once."""
 REST = 8
-"""The least probability of the entries outside the k in units of rounding: what is left of 1 minus
-the sum of theirs is not known better."""
+"""Least probability of all entries outside the k together, in units of the dtype's eps: it is 1
+minus a sum, which is not known better."""
 LOWEST = -100.0
 """The least log-prob of a given distribution, so that KL(policy || teacher) stays finite."""
 
@@ -35,15 +35,16 @@ class Teaching:
     logp: Tensor
     """[n, k] the teacher's log-probs."""
     ids: Tensor | None
-    """[n, k] int64, of which entries; None: of all in order. The others count as one entry."""
+    """[n, k] int64 vocabulary ids of `logp`, all others counting as one entry; None: `logp` has all
+    V in order."""
     weights: Tensor
-    """[n] of each token's divergence in the total."""
+    """[n] weight of each token's divergence in the total."""
     kind: Kind
     """forward_kl: KL(teacher || policy); reverse_kl: KL(policy || teacher); jsd: beta KL(teacher ||
     m) + (1 - beta) KL(policy || m), m = beta teacher + (1 - beta) policy (arXiv 2306.13649)."""
     beta: float = 0.5
     coef: float = 1.0
-    """Of the total in a loss, which whoever adds it up multiplies it with."""
+    """Coefficient of the total in a loss; the caller applies it."""
 
 
 def divergence(logits: Tensor, teaching: Teaching) -> tuple[Tensor, Tensor]:
@@ -67,8 +68,8 @@ def divergence(logits: Tensor, teaching: Teaching) -> tuple[Tensor, Tensor]:
 
 
 def _compare(ours: Tensor, theirs: Tensor, kind: Kind, beta: float) -> tuple[Tensor, Tensor]:
-    """[n] the divergence of log-probs [n, entries], and p dD/dp of each entry, but for what all
-    entries have times p."""
+    """The divergence [n] of log-probs [n, entries], and p dD/dp [n, entries] up to a term c p with
+    the same c for all entries of a token, which a softmax's gradient cancels."""
     p, q = ours.exp(), theirs.exp()
     if kind == "forward_kl":
         return (q * (theirs - ours)).sum(-1), -q
@@ -81,7 +82,7 @@ def _compare(ours: Tensor, theirs: Tensor, kind: Kind, beta: float) -> tuple[Ten
 
 
 def _with_rest(logp: Tensor) -> Tensor:
-    """[n, k + 1] with the log-prob of all other entries together."""
+    """Log-probs [n, k + 1] of [n, k]: the last is that of all other entries together."""
     least = REST * torch.finfo(logp.dtype).eps
     rest = (1 - logp.exp().sum(-1, keepdim=True)).clamp(min=least).log()
     return torch.cat([logp, rest], -1)
@@ -89,7 +90,7 @@ def _with_rest(logp: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Gradients:
-    """As `Formed` takes them."""
+    """A value and its gradients, in the form that `Formed` takes."""
 
     value: Tensor
     gradients: tuple[Tensor | None, ...]
@@ -105,7 +106,7 @@ def linear_divergence(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted total of the tokens' divergences with its graph, and [n] each token's.
+    """The weighted total of the tokens' divergences (differentiable), and each token's [n].
 
     Args are those of `linear_loss`, without targets.
     """
@@ -146,9 +147,10 @@ def linear_divergence(
 
 
 def logits_divergence(logits: Tensor, teaching: Teaching) -> tuple[Tensor, Tensor]:
-    """The same of finished logits [n, V], scaled already, by a surrogate that has the gradient."""
+    """`linear_divergence` of finished logits [n, V], already scaled."""
     values, slope = divergence(logits.detach(), teaching)
     weights = teaching.weights.to(logits.dtype)
+    # of value 0, and with the gradient that is known already: autograd need not trace the rest
     linear = (logits * slope * weights[:, None]).sum()
     return (values * weights).sum() + linear - linear.detach(), values
 

@@ -22,9 +22,10 @@ from .shifted_exp import Job
 from .terms import TokenLoss, TokenStats
 
 CHUNK_BYTES = 384 << 20
-"""So that on a CPU everything beside the weight's gradient stays below 512 MiB."""
+"""Bytes of the largest temporary on a CPU: all memory besides the weight's gradient then stays
+below 512 MiB."""
 SMALL_VOCABULARY = 128
-"""Up to here plain logits are quicker than chunks, and small beside the hidden states."""
+"""Entries up to which plain logits are quicker than chunks, and small beside the hidden states."""
 
 
 def linear_logprob(

@@ -11,8 +11,7 @@ instead of on a large logit.
 The checked arguments of the fused loss are here, too (`prepare`): every error names the argument,
 what was seen and what is wanted.
 
-Shape legend: n tokens of one chunk, V vocabulary entries, H hidden
-size.
+Shape legend: n tokens of one chunk, V vocabulary entries, H hidden size.
 """
 
 from __future__ import annotations
@@ -87,8 +86,8 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Transform:
-    """How the stored u [V, n] becomes a shifted logit z' = z - m, and how E = exp(z') becomes a
-    gradient again.
+    """The map from the stored u [V, n] to shifted logits z' = z - m, and from E = exp(z') back to
+    the gradient by the raw logits.
 
     Linear: z' = scale * (u + b). Soft-capped: z' = scale / inner * tanh(inner * (u + raw + b)) -
     level.
@@ -97,9 +96,9 @@ class Transform:
     scale: float | Tensor
     """logit_scale / T, a number or [n]."""
     raw: Tensor
-    """r [n]: what was subtracted from the raw logits, a number of the tile's dtype."""
+    """r [n]: the shift subtracted from the raw logits, representable in the tile's dtype."""
     level: Tensor
-    """m [n]: what z' lacks of z."""
+    """m [n] = z - z'."""
     inner: float | None
     """logit_scale / cap, or None without a soft-cap."""
 
@@ -183,7 +182,7 @@ def check(
     dtype: torch.dtype | None,
     device: torch.device,
 ) -> None:
-    """An optional tensor's shape, dtype (None for any) and device."""
+    """Raises ValueError unless a given tensor has this shape, dtype (None: any) and device."""
     if value is None:
         return
     if tuple(value.shape) != shape:
@@ -195,7 +194,7 @@ def check(
 
 
 def refuse_not_finite(call: Call, logp: Tensor) -> None:
-    """ValueError if a log-prob [N] is not a number below infinity."""
+    """Raises ValueError if a log-prob of `logp` [N] is infinite or NaN."""
     broken = (~torch.isfinite(logp)).nonzero()
     if len(broken):
         raise not_finite(call.hidden, int(broken[0]))

@@ -22,7 +22,7 @@ LOWEST = -1e4
 """Stands in for the -inf of an excluded column, so that 0 * z' is 0; exp of it is 0 in every
 dtype."""
 FLOOR = 1e-37
-"""Smallest E whose logarithm is taken; below lies only what rounds to a zero gradient."""
+"""Smallest E whose logarithm is taken; a smaller one gives a gradient that rounds to zero."""
 
 
 class Passes(Protocol):

@@ -48,6 +48,7 @@ class _Entropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logp: Tensor) -> Tensor:
         ctx.save_for_backward(logp)
+        # clamped: 0 * -inf of an entry without probability would be NaN
         entropy: Tensor = -(logp.exp() * logp.clamp(min=-1e30)).sum(-1)
         return entropy
 

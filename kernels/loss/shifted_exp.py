@@ -32,10 +32,10 @@ from .tiling import COLUMNS
 MAX_SHIFT_ERROR = 40.0
 """Nats by which a shift may be off: float32 and bfloat16 hold e^40 with all their digits."""
 RECOMPUTE_ROWS = 512
-"""Rows recomputed at once: a tile of their own beside the chunk's."""
+"""Most rows recomputed at once, in a tile besides the chunk's."""
 COMPACT_BELOW = 0.75
-"""Rows without gradient are cut out of the products when fewer than this share is left; below it
-the copy pays."""
+"""Rows without a gradient are left out of the products if fewer than this share of rows remains:
+only then is the copy cheaper."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +49,7 @@ class Job:
     passes: Passes
     entropy: bool
     tile: torch.dtype
-    """Of E and of the operands of the products (`head.product_dtype`)."""
+    """The dtype of E and of the operands of the products (`head.product_dtype`)."""
 
     def rows(self, index: Tensor) -> Tensor:
         """Hidden states [n, H] as the products take them."""
@@ -78,7 +78,7 @@ class Scored:
     index: Tensor
     """[n] which of the N tokens."""
     e: Tensor
-    """[V, n] E, with 0 at the target; of no use where it was not kept."""
+    """[V, n] E, with 0 at the target; undefined where it was not kept."""
     transform: Transform
     total: Tensor
     """[n] log s; the shift's error in nats."""
@@ -90,8 +90,8 @@ class Scored:
 
 
 def target_logits(job: Job, index: Tensor) -> Tensor:
-    """Raw logits [n] of the targets, each as one dot product in float32; the only place that sees a
-    NaN row early."""
+    """Raw logits [n] of the targets, each one dot product in float32. Raises ValueError for a row
+    that is not finite, before any matrix product."""
     head, wide = job.head, accumulator(job.hidden.dtype)
     local = job.targets[index]
     raw = torch.empty(len(index), dtype=wide, device=job.hidden.device)
@@ -335,8 +335,8 @@ def _factors(
 
 
 def _kept(row: Tensor) -> Tensor | None:
-    """The rows worth multiplying, or None for all of them. A row without gradient is dropped, not
-    multiplied by zero, wherever that is cheaper."""
+    """Indices of the rows with a gradient, or None to multiply all rows, where that is cheaper
+    than a copy (`COMPACT_BELOW`)."""
     keep = row.nonzero()[:, 0]
     return keep if len(keep) < COMPACT_BELOW * len(row) else None
 
@@ -390,7 +390,7 @@ def tile_size(job: Job, count: int, keep: bool) -> int:
 
 
 def flat_buffer(job: Job, chunks: Sequence[Tensor], *, keep: bool) -> Tensor:
-    """Room for the largest chunk's tile."""
+    """An uninitialised flat buffer for the largest chunk's tile."""
     return job.hidden.new_empty(
         tile_size(job, max((len(chunk) for chunk in chunks), default=0), keep), dtype=job.tile
     )

@@ -54,7 +54,7 @@ class TokenLoss(Protocol):
 
     @property
     def needs_entropy(self) -> bool:
-        """Whether `stats.entropy` must be there."""
+        """Whether `__call__` reads `stats.entropy`."""
 
     def __call__(self, stats: TokenStats, index: Tensor) -> TokenTerms:
         """`index` [n] int64 says which of the batch's T tokens these are."""

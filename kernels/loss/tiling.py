@@ -78,8 +78,8 @@ def plan(
     """The largest tile, in powers of two, that fits `budget` bytes and has at most `limit`
     elements.
 
-    It is `COLUMNS` wide, or narrower where too little fits; rows fill what is left. ValueError if
-    not even two rows of one burst fit.
+    It is `COLUMNS` wide, or narrower where too little fits, and has as many rows as then fit.
+    Raises ValueError if not even two rows of one burst fit.
     """
     room = int(budget * (1 - RESERVE))
     columns = COLUMNS
@@ -98,8 +98,8 @@ def plan(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
-    """How a [V, n] matrix is dealt out: items are (slice of rows, block of columns), taken in turns
-    by `programs`."""
+    """The work items of a [V, n] matrix, each a slice of rows by a block of columns; `programs`
+    programs take them in turns."""
 
     tile: Tile
     column_blocks: int

@@ -239,7 +239,7 @@ def _deal(footprint: Footprint, tile: Tensor) -> Launch:
 
 
 def tile_for(footprint: Footprint, itemsize: int) -> Tile:
-    """The tile that every device gets."""
+    """The tile for every device: it fits a Unified Buffer as well as a GPU's registers."""
     return plan(footprint, itemsize, limit=REGISTER_TILE)
 
 

@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 
 class Span(NamedTuple):
-    """Neighbouring rows that attend to each other, causally, and all of them to a prompt that
-    stands elsewhere."""
+    """Consecutive rows of a pass with causal attention among them, and all of them to a prompt
+    whose rows are elsewhere in the pass."""
 
     start: int
     length: int
     prompt: int = 0
-    """The first row of the prompt."""
+    """The prompt's first row."""
     before: int = 0
-    """Rows of the prompt."""
+    """The prompt's number of rows."""
 
 
 def spans_between(borders: tuple[int, ...]) -> tuple[Span, ...]:
-    """Sequences one behind the other, none of which shares its prompt."""
+    """One span for each sequence between two cumulative `borders`; none has a shared prompt."""
     return tuple(Span(a, b - a) for a, b in pairwise(borders))

@@ -1,8 +1,8 @@
 """Element-wise parts of a transformer layer on a CPU, each in one pass over bfloat16 rows with
 float32 arithmetic.
 
-torch takes a pass, and a float32 copy, for every cast, product and sum of these. bfloat16 stands
-here as uint16.
+torch takes a pass, and a float32 copy, for every cast, product and sum of these. bfloat16 arrays
+are passed as uint16.
 
 What is compiled is kept between processes; see `kernels/compiled_loops.py`.
 Shape legend: T tokens, H features of a row, I features of the MLP, D features of a head, N
@@ -52,6 +52,7 @@ def add_norm(x, y, weight, eps, total, out, scales):
     for t in range(rows):
         squares = float32(0.0)
         for i in range(width):
+            # of the rounded sum, which is what backward has
             bits = narrow(widen(x[t, i]) + widen(y[t, i]))
             total[t, i] = bits
             v = widen(bits)
@@ -91,7 +92,8 @@ def gated(gate, up, out):
 
 @compiled
 def gated_backward(gate, up, dout, out, dgate, dup):
-    """The gradients, and the product once more."""
+    """The gradients `dgate` and `dup`; `out` receives silu(gate) * up once more, which is not kept
+    between the passes."""
     rows, width = gate.shape
     for t in range(rows):
         for i in range(width):
@@ -107,8 +109,8 @@ def gated_backward(gate, up, dout, out, dgate, dup):
 
 @compiled
 def rotate(x, cos, sin, rows, out):
-    """Rotary embedding of x [T, heads * D] by the token's angles [T, D / 2], into `out` [N, heads,
-    L, D]: of the rows [N, L] of x, zeros where a row is below 0."""
+    """out [N, heads, L, D] = the rotary embedding, by `cos` and `sin` [T, D / 2], of the rows of x
+    [T, heads * D] that have the indices `rows` [N, L]; zeros where an index is below 0."""
     count, heads, length, width = out.shape
     half = width // 2
     for n in range(count):
@@ -159,8 +161,8 @@ def rotate_back(x, before, cos, sin, rows, out):
 
 @compiled
 def gather_heads(x, rows, block):
-    """Those rows [N, L] of x [T, heads * D] as `block` [N, heads, L, D], zeros where a row is below
-    0."""
+    """Copies the rows with indices `rows` [N, L] of x [T, heads * D] to `block` [N, heads, L, D];
+    zeros where an index is below 0."""
     count, heads, length, width = block.shape
     for n in range(count):
         for h in range(heads):
@@ -195,8 +197,9 @@ def scatter_heads(block, before, rows, out):
 
 @compiled
 def products_of_rows(block, out, rows, deltas):
-    """The sum over each head's features of `block` [N, heads, L, D] times those rows [N, L] of
-    `out` [T, heads * D], as `deltas` [N, heads, L]; zeros where a row is below 0."""
+    """deltas [N, heads, L] = the dot products, over each head's features, of `block` [N, heads, L,
+    D] with the rows of `out` [T, heads * D] that have the indices `rows` [N, L]; zero where an
+    index is below 0."""
     count, heads, length, width = block.shape
     for n in range(count):
         for h in range(heads):
@@ -309,12 +312,14 @@ def add_rotated_back(total, cos, sin, first, out):
 
 
 TILE = 64
-"""Of a transposition, a multiple of `LANES`: what is read and written fits in the first cache."""
+"""Rows and columns of a transposition's tile, a multiple of `LANES`: the 8 KiB that are read and
+the 8 KiB that are written fit in the first-level cache."""
 
 
 @compiled
 def transpose(x, first, last, out):
-    """Columns first to last of 16-bit elements [T, H] into those rows of `out` [H, T]."""
+    """Transposes columns first..last-1 of x [T, H] (16-bit elements) into rows first..last-1 of
+    `out` [H, T]."""
     rows, width = x.shape
     whole_rows, whole_width = rows - rows % LANES, last - (last - first) % LANES
     for top in range(0, whole_rows, TILE):

@@ -1,5 +1,5 @@
-"""Parts of a transformer layer for which some devices have one operator: what it computes, in plain
-torch, and which operator computes it where.
+"""Parts of a transformer layer for which some devices have a fused operator: each in plain torch,
+and the choice between the two.
 
 Shape legend: T tokens, sequences one behind the other; H features; D features of a head.
 """
@@ -32,7 +32,7 @@ def gated_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, heads, D] turned by cos and sin [T, D], whose two halves are alike."""
+    """Rotary embedding of x [T, heads, D] by cos and sin [T, D], whose two halves are equal."""
     first, second = x.chunk(2, dim=-1)
     return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
@@ -53,7 +53,7 @@ def attention_reference(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """One part of a layer."""
+    """One part of a layer in two implementations."""
 
     name: str
     operator: str
@@ -95,7 +95,8 @@ PARTS: Mapping[str, Part] = {
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The operators that run a device's layers, each with plain torch where it has none."""
+    """The parts of a layer on one device: calls the fused operator of those in `on`, plain torch
+    for the others."""
 
     on: frozenset[str]
 

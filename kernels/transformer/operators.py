@@ -1,6 +1,6 @@
-"""Differentiable parts of a transformer layer on a CPU in bfloat16, which keep for the backward
-pass only what cannot be formed anew from the operands: no float32 copies, no scores, no product of
-a gate.
+"""Differentiable parts of a transformer layer on a CPU in bfloat16, which save for the backward
+pass only what cannot be recomputed from the operands: no float32 copies, no scores, no product of a
+gate.
 
 Shape legend: T tokens of a pass, sequences one behind the other; H, I features; D features of a
 head; N sequences of at most L tokens; heads query heads, kv heads of keys and values.
@@ -27,6 +27,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out, scales = torch.empty_like(x), torch.empty(len(x))
+        # a clone: `bits` must not get a parameter
         a, w, o, s = bits(x), bits(weight.clone()), bits(out), scales.numpy()
         over_rows(len(x), lambda _, i, j: elements.norm(a[i:j], w, eps, o[i:j], s[i:j]))
         ctx.save_for_backward(x, weight, scales)
@@ -71,7 +72,7 @@ class _AddNorm(torch.autograd.Function):
 
 
 def _norm_backward(x: Tensor, weight: Tensor, scales: Tensor, dout: Tensor, dx: Tensor) -> Tensor:
-    """Adds to `dx`; returns the weight's gradient."""
+    """Adds x's gradient to `dx`; returns the weight's."""
     parts = torch.zeros(torch.get_num_threads(), x.shape[1])
     a, w, s, d, out, rows = (
         bits(x),
@@ -129,8 +130,8 @@ def _gated(gate: Tensor, up: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Alike:
-    """Sequences of similar length behind the same prompt, which one product takes together, filled
-    up with zeros."""
+    """Sequences of similar length with the same prompt, padded with zeros to one length, so that
+    one batched product takes them all."""
 
     queries: NDArray[np.int64]
     """[N, L] rows, -1 where there is none."""
@@ -139,7 +140,7 @@ class _Alike:
     prompt: int
     before: int
     first_query: int
-    """Rows of `queries` of the groups before this one."""
+    """Rows of `queries` in all groups before this one; `first_key`: of `keys`."""
     first_key: int
 
     @property
@@ -152,14 +153,14 @@ class _Alike:
 
 
 SCORES = 2**18
-"""Of sequences that are taken together, at the most: they stay in a core's second cache."""
+"""Most attention scores of a group: 512 KiB in bfloat16 stay in a core's second-level cache."""
 FILLING, FILLED_ROWS = 1 / 8, 32
-"""Of the rows of a group at the most; so few rows cost less than calls for another group."""
+"""Most padding of a group, as a share of its rows and in rows: less than another group's calls."""
 
 
 @lru_cache(maxsize=64)
 def _groups(spans: tuple[Span, ...], heads: int) -> tuple[_Alike, ...]:
-    """All sequences, in groups of similar length; the same in every layer of a pass."""
+    """All sequences in groups of similar length. Cached: every layer of a pass asks the same."""
     left = sorted(spans, key=lambda s: (s.prompt, s.before, -s.length))
     groups: list[_Alike] = []
     while left:
@@ -189,10 +190,10 @@ def _groups(spans: tuple[Span, ...], heads: int) -> tuple[_Alike, ...]:
 
 
 class _Attention(torch.autograd.Function):
-    """Short sequences go through together: a call of an operator costs more than what it computes
-    for one of them. Each sequence's queries lie as a block [heads, L, D], so that the heads of a
-    group are rows of one product with the keys that they share. Scores are formed anew in
-    backward, in room for one group of sequences of each thread."""
+    """Causal attention, with short sequences batched: calling an operator costs more than it
+    computes for one of them. Each sequence's queries are a block [heads, L, D], so that the query
+    heads that share keys are rows of one product. Backward forms the scores anew, for one group of
+    sequences per thread at a time."""
 
     @staticmethod
     def forward(
@@ -313,8 +314,10 @@ def rms_norm(x_TH: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x_TH: Tensor, y_TH: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + y, and its norm."""
-    total, out = _AddNorm.apply(x_TH.contiguous(), y_TH.contiguous(), weight, eps)  # type: ignore[no-untyped-call]
+    """(x + y, RMSNorm(x + y) * weight)."""
+    total, out = _AddNorm.apply(  # type: ignore[no-untyped-call]
+        x_TH.contiguous(), y_TH.contiguous(), weight, eps
+    )
     return total, out
 
 

@@ -1,4 +1,4 @@
-"""Sums over passes of gradients that are rounded to bfloat16."""
+"""Accumulation of bfloat16 gradients over passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work of compiled loops dealt out over as many threads as torch has."""
+"""Compiled loops on as many threads as torch uses."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import Tensor
 
 Part = TypeVar("Part")
 FEW_ROWS = 128
-"""Fewer are not worth a second thread."""
+"""Fewer rows than this are not worth a second thread."""
 
 
 def bits(tensor: Tensor) -> NDArray[Any]:
-    """A contiguous bfloat16 tensor as uint16, sharing its memory, which cannot be resized
-    afterwards: so never a parameter, whose gathered copy FSDP frees in that way."""
+    """A contiguous bfloat16 tensor as a uint16 array that shares its memory. torch cannot resize
+    that memory afterwards: never pass a parameter, whose gathered copy FSDP frees by resizing."""
     return tensor.detach().view(torch.uint16).numpy()
 
 
 @lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Its threads run torch's operations alone, each on its own core."""
+    """A pool whose threads each run torch's operations on one core, without gradients."""
     started = threading.Barrier(threads + 1)
 
     def begin() -> None:

@@ -1,5 +1,4 @@
-"""Advantages: from the scores of groups, or from token rewards and a critic, to one number per
-completion or token.
+"""Advantages, per completion from the scores of groups, or per token from rewards and a critic.
 
 Pure NumPy in float64. A score of NaN is a completion without a verdict: it never enters a mean or a
 deviation, and its advantage is 0. A group of one, and a group whose scores are all equal, has the
@@ -22,15 +21,14 @@ from ..config.algorithm import ADVANTAGES, AdvantageConfig, Estimator, KLConfig
 Floats = NDArray[np.float64]
 WHITEN_EPS = 1e-8
 ROUNDING = 1e-9
-"""Scores that differ by less, for scores above 1 relative to the largest, differ by the way they
-were added up."""
+"""Scores that differ by less than this (relative to the largest if that is above 1) count as equal:
+such a difference comes from the order of a sum."""
 LOG_RATIO_LIMIT = 20.0
 KL_BOUND: float | None = KLConfig().bound
 
 
 def all_equal(values: NDArray[Any]) -> bool:
-    """Whether these numbers, NaN left out, are one number but for rounding; also where there are
-    fewer than two."""
+    """Whether all values but NaN are equal up to `ROUNDING`; true for fewer than two."""
     known = np.asarray(values, np.float64)
     known = known[~np.isnan(known)]
     if len(known) < 2:
@@ -78,7 +76,7 @@ def centred(
     unbiased: bool = True,
     eps: float = 1e-6,
 ) -> Floats:
-    """[G] score minus the group's mean, or minus the mean of the others, optionally over the
+    """Scores [G] minus the group's mean, or minus the mean of the others, optionally divided by the
     group's deviation.
 
     Plain difference: Dr.GRPO, arXiv 2503.20783. Over (deviation + eps): GRPO, arXiv 2402.03300.
@@ -110,7 +108,7 @@ def deviation(scores: NDArray[Any], *, unbiased: bool = True) -> float:
 def gpg_rescale(
     scores: Sequence[NDArray[Any]], kind: Literal["none", "signal", "nonzero-score"]
 ) -> float:
-    """GPG's alpha (arXiv 2504.02546): B scores over those that teach something; 1 where none does.
+    """GPG's alpha (arXiv 2504.02546): the number of scores over that of useful ones; 1 if none is.
 
     `signal` counts scores of groups in which two differ (the paper); `nonzero-score` scores other
     than 0 (verl).
@@ -135,11 +133,11 @@ def batch_advantages(
     values: NDArray[Any] | None = None,
     kl_penalty: NDArray[Any] | None = None,
 ) -> tuple[Floats, Floats | None]:
-    """[T] the advantages of tokens and, for `return` and `gae`, [T] the returns, which are the
+    """The advantages [T] of tokens and, for `return` and `gae`, the returns [T], which are the
     critic's targets; 0 where `mask` is false.
 
     Args:
-        scores: [T] what `group_advantages` gave each token's completion.
+        scores: [T] the result of `group_advantages` for each token's completion.
         mask: [T] which tokens train; others (a tool's output) are skipped as if they were not
             there.
         sequence_ids: [T] integers from 0.
@@ -184,8 +182,8 @@ def token_rewards(
     sequence_ids: NDArray[Any],
     kl_penalty: NDArray[Any] | None = None,
 ) -> Floats:
-    """[T] the score at the last loss token of each sequence, minus the KL penalty at every loss
-    token."""
+    """Rewards [T]: the score at the last loss token of each sequence, minus the KL penalty at every
+    loss token."""
     mask = np.asarray(mask, bool)
     rewards = (
         np.zeros(len(mask))
@@ -206,9 +204,8 @@ def kl_estimate(
     *,
     bound: float | None = KL_BOUND,
 ) -> Floats:
-    """[T] the estimate of KL(policy || reference) from the tokens' log-probs, as a number to be
-    taken from rewards; 0 where a log-prob is not finite, so that it costs its own token and no
-    other.
+    """Estimates [T] of KL(policy || reference) from the tokens' log-probs, to be subtracted from
+    rewards; 0 where a log-prob is not finite, so that it affects no other token.
 
     With l = logp - reference_logp: k1 = l, k2 = l^2 / 2, k3 = exp(-l) - 1 + l
     (http://joschu.net/blog/kl-approx.html), the last for l within +-20 and at most `bound`; `k3+`
@@ -271,9 +268,8 @@ def gae(
 def value_targets(
     advantages: NDArray[Any], values: NDArray[Any], mask: NDArray[np.bool_]
 ) -> Floats:
-    """[T] what the critic should have said: A + V, from advantages before any whitening; 0 outside
-    `mask`. VAPO (arXiv 2504.05118) takes those of lambda = 1 here whatever the policy's lambda
-    is."""
+    """The critic's targets [T], A + V, from advantages before any whitening; 0 outside `mask`. VAPO
+    (arXiv 2504.05118) uses advantages of lambda = 1 here, whatever the policy's lambda is."""
     return np.where(mask, advantages + np.where(mask, values, 0.0), 0.0)
 
 
@@ -306,7 +302,7 @@ def overlong_penalty(lengths: NDArray[Any], max_length: int, buffer: int) -> Flo
 
 
 def sequence_counts(mask: NDArray[np.bool_], sequence_ids: NDArray[Any]) -> NDArray[np.int64]:
-    """[S] loss tokens of each sequence."""
+    """Number of loss tokens [S] of each sequence."""
     ids = np.asarray(sequence_ids)
     return np.bincount(ids[np.asarray(mask, bool)], minlength=int(ids.max()) + 1 if len(ids) else 0)
 
@@ -314,8 +310,8 @@ def sequence_counts(mask: NDArray[np.bool_], sequence_ids: NDArray[Any]) -> NDAr
 def _layout(
     mask: NDArray[np.bool_], sequence_ids: NDArray[Any]
 ) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[np.int64], tuple[int, int]]:
-    """Where loss tokens stand in a [S, longest] rectangle: their places among T, row, column, and
-    its shape."""
+    """(indices among T, row, column) of the loss tokens in a rectangle [S, longest], and its
+    shape."""
     places = np.flatnonzero(mask)
     ids = np.asarray(sequence_ids)[places]
     counts = sequence_counts(mask, sequence_ids)

@@ -1,9 +1,9 @@
-"""From resolved settings and a batch to the `TokenLoss` of a step.
+"""The `TokenLoss` of a step, made of resolved settings and a batch.
 
 A loss is a sum of parts per token: the policy gradient, cross entropy, the KL to a named model, the
 entropy bonus. Supervised learning is cross entropy alone, RL a policy gradient and what its
-settings add, distillation either of these with a teacher as the named model. The mathematics stands
-in `surrogates`; here it gets its ratio level and the weights of `batch.token_weights` and
+settings add, distillation either of these with a teacher as the named model. The formulas are in
+`surrogates`; here they get their ratio level and the weights of `batch.token_weights` and
 `offpolicy`. The total is the plain sum over tokens: nothing is divided here.
 
 Shape legend: n tokens of a chunk, T tokens of the batch.
@@ -44,8 +44,8 @@ Array = NDArray[Any]
 DISTILL_TERM = "actor/distill_loss"
 POLICY_TERMS = ("actor/pg_loss", "actor/kl_loss", "actor/entropy", "actor/nll_loss")
 PARTS = (*POLICY_TERMS, DISTILL_TERM, TAU_TERM)
-"""Metrics of `BatchLoss` that hold weights, so that their sum is the figure: the terms of the loss,
-before their coefficients. The others are means over the tokens of `COUNTED`."""
+"""Metrics of `BatchLoss` with the tokens' weights multiplied in, to be summed: the terms of the
+loss without their coefficients. Other metrics are means over the tokens of `COUNTED`."""
 COUNTED = "tokens"
 """1 for a token that trains, 0 for one whose log-probs are not finite."""
 CLIPPED = ("actor/pg_clipfrac", "actor/pg_clipfrac_lower")
@@ -61,9 +61,10 @@ class Objective:
     offpolicy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     temperature: float = 1.0
-    """That of sampling: log-probs are compared under the same one."""
+    """The sampling temperature: log-probs are compared under the same one."""
     file: PluginFile | None = None
-    """Where `loss.kind` is a file's: learners work in other folders, and on other machines."""
+    """The source file of `loss.kind`, sent along since learners run in other folders and on other
+    machines; None for other kinds."""
 
     @staticmethod
     def of(
@@ -74,7 +75,7 @@ class Objective:
         distill: DistillConfig | None = None,
         temperature: float = 1.0,
     ) -> Objective:
-        """Checks a user's own loss on a tiny batch at once."""
+        """An objective with a policy gradient; a user's own loss is checked on a tiny batch."""
         file = PluginFile.of(loss.kind)
         if loss.kind not in LOSSES:
             load_loss(loss.kind, loss.options, file)
@@ -93,7 +94,7 @@ class Objective:
 
     @property
     def on_samples(self) -> bool:
-        """Whether the batch's behaviour log-probs mean anything."""
+        """Whether the tokens were sampled, so that the batch has behaviour log-probs."""
         return self.loss is not None
 
     @property
@@ -168,7 +169,7 @@ def token_loss(
         )
         shown = mask & batch.correct_T
         rows["imitation"] = objective.loss.nll_coef * shown / max(1, int(shown.sum()))
-    # what is masked may hold anything
+    # masked tokens may have any value, NaN included, and 0 * NaN would spread
     rows = {name: np.where(trains, row, 0.0) for name, row in rows.items()}
     rows["length"] = (
         np.maximum(np.bincount(ids, weights=mask), 1.0)[ids] if len(ids) else np.zeros(0)
@@ -189,8 +190,8 @@ def _refuse_infinite_advantages(batch: Batch) -> None:
 def _corrected_weights(
     objective: Objective, batch: Batch, old: Array
 ) -> tuple[Array, Array, dict[str, float]]:
-    """The tokens' weights [T], those times what corrects for the policy that sampled [T], and the
-    correction's metrics. old: [T] log-probs under the old policy."""
+    """The tokens' weights [T], the same times the off-policy correction [T], and the correction's
+    metrics. old: [T] log-probs under the old policy."""
     if not (objective.on_samples and objective.offpolicy.active):
         return batch.weights_T, batch.weights_T, {}
     corrected = correction(
@@ -215,9 +216,9 @@ class _Chunk:
     trains: Tensor
     weights: Tensor
     importance: Tensor
-    """The weights times what corrects for the policy that sampled: those of the policy gradient."""
+    """The weights times the off-policy correction: those of the policy gradient."""
     imitation: Tensor | None
-    """The weights of cross entropy on correct answers, where it has any."""
+    """The weights of cross entropy on correct answers; None without that part."""
 
     def where_trained(self, values: Tensor) -> Tensor:
         return torch.where(self.trains, values, 0.0)
@@ -227,7 +228,7 @@ Part = Callable[[_Chunk], TokenTerms]
 
 
 class BatchLoss:
-    """The loss of one batch; `metrics` holds the figures that were known before any pass."""
+    """The loss of one batch; `metrics` has those that are known before any pass."""
 
     def __init__(
         self,
@@ -250,11 +251,11 @@ class BatchLoss:
         )
         self.whole_sequences = coupled or (self._user is not None and self._user.whole_sequences)
         self.needs_entropy = loss is not None
-        """Always logged, since it costs no product; whether it is also trained says
-        `loss.entropy_coef`."""
+        """True for RL: the entropy is always logged, since it costs no product;
+        `loss.entropy_coef` says whether it is also trained."""
         self.clips_by_advantage = loss is not None and loss.kind == "ppo_clip"
-        """Whether a token of advantage 0 is never clipped, so that those left out of the passes are
-        known not to be."""
+        """Whether a token of advantage 0 is never clipped, which is then known also of tokens left
+        out of the passes."""
         self._parts = self._parts_of(loss, rows)
         self._rows = rows
         self._device = device
@@ -266,8 +267,8 @@ class BatchLoss:
         )
 
     def _parts_of(self, loss: LossConfig | None, rows: dict[str, Array]) -> list[Part]:
-        """The terms that are added up; a KL to the teachers' whole distributions is no function of
-        log-probs, and is added where the logits are (`Policy`)."""
+        """The parts of the loss. A KL to the teachers' whole distributions is not among them: it
+        needs logits, and `Policy` adds it."""
         if loss is None:
             return [lambda chunk: weighted(nll(chunk.logp), chunk.weights)]
         parts: list[Part] = [partial(self._policy_gradient, loss)]
@@ -282,12 +283,12 @@ class BatchLoss:
         terms = reduce(_plus, [part(chunk) for part in self._parts])
         metrics = {name: chunk.where_trained(value) for name, value in terms.metrics.items()}
         metrics |= {"actor/nonfinite_logp": bad, COUNTED: chunk.trains.to(bad.dtype)}
-        # what a sequence shares out reaches its masked tokens too
+        # a sequence-level ratio gives its masked tokens a derivative, too
         dlogp = chunk.where_trained(terms.dlogp)
         return TokenTerms(loss=terms.loss, dlogp=dlogp, dentropy=terms.dentropy, metrics=metrics)
 
     def _chunk(self, stats: TokenStats, index: Tensor) -> tuple[_Chunk, Tensor]:
-        """These tokens, and which of them have a log-prob that is not finite."""
+        """The chunk of these tokens, and 1 for each [n] whose log-prob is not finite."""
         rows = {name: row[index] for name, row in self._tensors(stats.logp.dtype).items()}
         sequence = self._sequence[index]
         trains = self._trains[index] & torch.isfinite(stats.logp)
@@ -312,8 +313,8 @@ class BatchLoss:
         return chunk, bad
 
     def _tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The batch's arrays in the dtype of the head's log-probs, which only its first call
-        shows."""
+        """The batch's arrays on the device, in the dtype of the head's log-probs, which is not
+        known before the first call."""
         if dtype not in self._on_device:
             self._on_device[dtype] = {
                 name: torch.from_numpy(np.ascontiguousarray(row)).to(dtype).to(self._device)
@@ -368,7 +369,8 @@ def _imitation(coef: float, chunk: _Chunk) -> TokenTerms:
 
 
 def _entropy_bonus(coef: float, chunk: _Chunk) -> TokenTerms:
-    """With a coefficient of 0 the figures alone, and nothing where a caller has no need of them."""
+    """-coef times the entropy; with a coefficient of 0 only its metrics, and without an entropy not
+    even these."""
     nothing = torch.zeros_like(chunk.logp)
     if chunk.batch.entropy is None:
         assert not coef

@@ -1,5 +1,5 @@
-"""Corrections for tokens that another policy than the learner's old one has sampled: weights, masks
-and their figures.
+"""Corrections for tokens that were sampled by another policy than the learner's old one: importance
+weights, masks and their metrics.
 
 Pure NumPy over the T tokens of a batch, before it is split. `old` is the learner's own log-prob of
 each token under the weights that sampled it (or were closest), `behaviour` the engine's. The result
@@ -19,8 +19,8 @@ from ..config.algorithm import OffPolicyConfig
 
 Floats = NDArray[np.float64]
 LOG_RATIO_LIMIT = 20.0
-"""Logarithms of weights are cut here before they become numbers, as in verl and OpenRLHF: exp(20)
-is 4.9e8."""
+"""Log-weights are clamped to this magnitude before exp, as in verl and OpenRLHF: exp(20) is
+4.9e8."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -88,8 +88,8 @@ def token_weight(
     low: float,
     high: float,
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """[T] importance weights and [T] which were inside [low, high]: outside they are cut to it, or
-    0 with mode=mask."""
+    """Importance weights [T], and whether each was inside [low, high] [T] bool. Weights outside are
+    clamped to the interval, or 0 with mode=mask."""
     if weight == "none":
         return np.ones(len(log_w)), np.ones(len(log_w), bool)
     if weight != "token":
@@ -102,7 +102,7 @@ def token_weight(
 def pooled(
     values: NDArray[Any], mask: NDArray[np.bool_], sequence_ids: NDArray[Any], how: str
 ) -> Floats:
-    """[T] the sum or mean over the loss tokens of each token's sequence; 0 for a sequence without
+    """The sum or mean [T] over the loss tokens of each token's sequence; 0 for a sequence without
     any."""
     ids = np.asarray(sequence_ids)
     if not len(ids):
@@ -122,8 +122,8 @@ def _bounded(log_w: NDArray[Any]) -> Floats:
 def mismatch_metrics(
     old: NDArray[Any], behaviour: NDArray[Any], mask: NDArray[np.bool_], sequence_ids: NDArray[Any]
 ) -> dict[str, float]:
-    """How far the rollouts' policy is from the old one at the loss tokens, by verl's definitions
-    and under its names; tokens whose log-probs are not finite are left out. With l = old -
+    """Metrics of the difference between the rollouts' policy and the old one at the loss tokens, by
+    verl's definitions and names; tokens whose log-probs are not finite are left out. With l = old -
     behaviour and w = exp(l), per token:
 
     kl = -l, the plain estimate of KL(rollout || old); k3_kl = w - 1 - l; chi2_token = w^2 - 1;
@@ -200,10 +200,10 @@ def weight_metrics(
     sequence_ids: NDArray[Any],
     config: OffPolicyConfig,
 ) -> dict[str, float]:
-    """verl's figures of importance weights over the tokens of `mask`, sequence masks left out of
-    account as there: `weights` [T] as they were cut or masked; `log_w` [T] before. The largest and
-    smallest are of the weights as cut, but with weight=sequence of the products before; high and
-    low are the shares beyond config.high and below config.low (1 / config.high where that is 0)."""
+    """verl's metrics of importance weights over the tokens of `mask`, ignoring sequence masks as
+    verl does. `weights` [T] are clamped or masked, `log_w` [T] is before that. Maximum and minimum
+    are of the clamped weights for weight=token, else of the sequences' unclamped ones; high and low
+    are the shares above config.high and below config.low (1 / config.high if that is 0)."""
     if not np.any(mask):
         return {}
     used = np.asarray(weights)[mask]
@@ -245,7 +245,7 @@ def rejection_metrics(
 
 
 def renormalised(weights: NDArray[Any], kept: NDArray[np.bool_]) -> Floats:
-    """[T] aggregation weights after a rejection under loss.denominator=kept: divided by 1 - the
+    """Aggregation weights [T] after a rejection under loss.denominator=kept: divided by 1 - the
     share of the rejected.
 
     For token-mean this is 1 / N_kept, for seq-mean-token-mean with whole sequences rejected 1 /

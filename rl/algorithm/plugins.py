@@ -1,4 +1,4 @@
-"""Losses and advantages of a user's own: found by path or entry point, tried on a tiny batch,
+"""A user's own losses and advantages: found by path or entry point, tried on a tiny batch, and
 wrapped for the learner.
 
 A loss is `f(logp, batch, **options)`, differentiated by autograd, or giving its derivative itself:
@@ -7,10 +7,10 @@ A loss is `f(logp, batch, **options)`, differentiated by autograd, or giving its
         ratio = (logp - batch.old_logp).exp()
         return -batch.advantages * ratio.clamp(max=2.0)
 
-It says what each token costs. Masks, weights and means are put around it, so that it must not
-average. A loss that couples the tokens of a sequence sets `my_loss.whole_sequences = True`. One
-that returns (loss, dlogp) is in closed form; if its dlogp is on purpose not the derivative of its
-loss (a stop-gradient), it sets `my_loss.stop_gradient = True`.
+It returns each token's loss and must not average: masks, weights and means are applied outside. A
+loss that couples the tokens of a sequence sets `my_loss.whole_sequences = True`. One that returns
+(loss, dlogp) is in closed form; if its dlogp is on purpose not the derivative of its loss (a
+stop-gradient), it sets `my_loss.stop_gradient = True`.
 
 An advantage is `f(scores, **options)`: a list of [G] arrays in, NaN for no verdict, a list of [G]
 arrays out.
@@ -39,12 +39,14 @@ if TYPE_CHECKING:  # an advantage needs no torch
 Floats = NDArray[np.float64]
 AdvantageFunction = Callable[[Sequence[Floats]], list[Floats]]
 TOLERANCE = 1e-5
+"""Largest difference, absolute plus relative, between a stated and a numerical derivative."""
 STEP = 1e-6
+"""Step of the central difference: in float64 its rounding error is about 1e-10."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UserLoss:
-    """A user's loss that has been tried out."""
+    """A user's loss, callable as (logp, batch, weights)."""
 
     name: str
     function: Callable[..., Any]
@@ -55,7 +57,7 @@ class UserLoss:
         return bool(getattr(self.function, "whole_sequences", False))
 
     def __call__(self, logp: Tensor, batch: TokenBatch, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """[n] each token's loss, and [n] the derivative of sum(weights * loss) by its log-prob."""
+        """Each token's loss [n], and the derivative [n] of sum(weights * loss) by its log-prob."""
         import torch
 
         with torch.enable_grad():
@@ -84,8 +86,8 @@ class UserLoss:
 
 
 def load_loss(kind: str, options: Mapping[str, Any], file: PluginFile | None = None) -> UserLoss:
-    """The loss that `kind` names, after `check_loss`; ValueError says what is wrong with it. file:
-    the one that `kind` names, from where the run was started."""
+    """The loss that `kind` names, after `check_loss`. Raises ValueError if it cannot be loaded or
+    fails the check. file: the source file that `kind` names, read where the run was started."""
     return _load_loss(kind, json.dumps(dict(options), sort_keys=True), file)
 
 
@@ -98,8 +100,8 @@ def _load_loss(kind: str, options: str, file: PluginFile | None) -> UserLoss:
 
 
 def load_advantage(kind: str, options: Mapping[str, Any]) -> AdvantageFunction:
-    """The advantage that `kind` names, after a trial; each call is checked, and NaN scores get
-    0."""
+    """The advantage function that `kind` names, after a trial. Every call checks shapes and values
+    (ValueError) and gives NaN scores the advantage 0."""
     return _load_advantage(kind, json.dumps(dict(options), sort_keys=True))
 
 
@@ -134,16 +136,16 @@ def _load_advantage(kind: str, options: str) -> AdvantageFunction:
 
     trial = [np.array(s) for s in ([1.0, 0.0, 0.5, np.nan], [1.0, 1.0], [0.25], [np.nan])]
     with warnings.catch_warnings():
-        # of the mean of no verdict at all, say, which numpy warns of
+        # numpy warns, for example, of the mean of a group without any verdict
         warnings.simplefilter("ignore", RuntimeWarning)
         _run(lambda: checked(trial), f"advantage.kind={kind!r}")
     return checked
 
 
 def check_loss(loss: UserLoss) -> None:
-    """Tries a loss on three sequences in float64: one finite loss per token, the same one whichever
-    other tokens (or, with whole_sequences, sequences) stand beside it, and a derivative that a
-    numerical one confirms."""
+    """Tries a loss on three sequences in float64. Raises ValueError unless it gives one finite loss
+    per token, independent of the other tokens (with whole_sequences, of the other sequences), and a
+    stated derivative equals the numerical one."""
     import torch
 
     from .token_batch import tiny_batch
@@ -192,8 +194,8 @@ def check_loss(loss: UserLoss) -> None:
 
 
 def _states_derivative(loss: UserLoss, logp: Tensor, batch: TokenBatch) -> bool:
-    """Whether it returns (loss, dlogp). Autograd's derivative needs no check, and differs where the
-    loss detaches."""
+    """Whether the loss returns (loss, dlogp). Autograd's derivative needs no check, and rightly
+    differs from the numerical one where the loss detaches."""
     return isinstance(loss.function(logp, batch, **loss.options), tuple)
 
 
@@ -211,12 +213,12 @@ def _numerical(loss: UserLoss, logp: Tensor, batch: TokenBatch, i: int) -> Tenso
 
 
 def _run(call: Callable[[], Any], name: str) -> Any:
-    """A trial of a user's code: whatever it raises becomes one line that says whose it is, and
-    where."""
+    """The result of a trial of a user's code. Raises ValueError for whatever it raises, with its
+    name and the place in one line."""
     try:
         return call()
     except Exception as error:
-        if str(error).startswith(name):  # of what it returned
+        if str(error).startswith(name):  # raised by our own check of its result
             raise
         raise ValueError(f"{name} failed on a tiny batch: {describe(error)}") from error
 

@@ -1,9 +1,9 @@
-"""The loss mathematics: each function gives, token by token, a loss and its derivative in closed
-form, and the kinds of `loss.kind` that are made of them.
+"""The losses as functions that return, token by token, a loss and its derivative in closed form,
+and the kinds of `loss.kind` that are made of them.
 
 Everything is minimised. r = exp(l) is policy over old policy, l = log r; A is the advantage.
-Functions see tokens only: no mask, no weight and no mean, which `losses` puts around them; the
-kinds alone (`KINDS`) multiply the tokens' weights in, at the settings' ratio level.
+Functions know no mask, weight or mean, which `losses` applies; only the kinds (`KINDS`) multiply by
+the tokens' weights, at the settings' ratio level.
 `TokenTerms.dlogp` is here the derivative by the first argument, with the stop-gradients of the
 paper respected. l is held within +-20 (verl, OpenRLHF), with derivative 0 beyond, so that exp never
 overflows.
@@ -25,11 +25,11 @@ from .token_batch import TokenBatch
 LOG_RATIO_LIMIT = 20.0
 KL_BOUND: float | None = KLConfig().bound
 TAU_TERM = "actor/tau_loss"
-"""The figure that holds what `loss.tau` multiplies."""
+"""Metric of the term that `loss.tau` multiplies."""
 
 
 def bounded(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """l within +-20, and where it was."""
+    """l clamped to +-20, and whether it was inside (bool)."""
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), log_ratio.abs() <= LOG_RATIO_LIMIT
 
 
@@ -67,14 +67,14 @@ def ppo_clip(
 def sapo(
     log_ratio: Tensor, advantages: Tensor, *, tau_positive: float = 1.0, tau_negative: float = 1.05
 ) -> TokenTerms:
-    """-A (4 / tau) sigmoid(tau (r - 1)), with a tau for A > 0 and one for the rest: a gate instead
-    of a clip.
+    """-A (4 / tau) sigmoid(tau (r - 1)), with one tau for A > 0 and another otherwise: a smooth
+    gate instead of a clip.
 
     SAPO, arXiv 2511.20347, eq. 5 and 6.
     """
     log_r, moving = bounded(log_ratio)
     ratio = log_r.exp()
-    # numbers alone would be rounded to float32 first
+    # torch.where would round plain Python numbers to float32
     tau = torch.where(
         advantages > 0, log_r.new_tensor(tau_positive), log_r.new_tensor(tau_negative)
     )
@@ -229,7 +229,7 @@ def kl_penalty(
 def value_loss(
     values: Tensor, old_values: Tensor, targets: Tensor, *, clip: float | None = 0.5
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[n] the critic's loss, its derivative by `values`, and where the clipped value decided.
+    """The critic's loss [n], its derivative [n] by `values`, and 1 where the clipped value decided.
 
     0.5 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) as in verl and OpenRLHF (0.5 in
     both); `clip=None` is the plain square.
@@ -245,7 +245,7 @@ def value_loss(
 
 
 def off_policy_sequences(mean_log_gap: Tensor, advantages: Tensor, delta: float) -> Tensor:
-    """[n] true where DeepSeek-V3.2's off-policy sequence mask (arXiv 2512.02556) drops a token's
+    """Whether [n] bool DeepSeek-V3.2's off-policy sequence mask (arXiv 2512.02556) drops a token's
     sequence: A < 0 and the sequence's mean of log(rollout / policy) above `delta`."""
     return (advantages < 0) & (mean_log_gap > delta)
 
@@ -256,7 +256,7 @@ def weighted(terms: TokenTerms, weights: Tensor) -> TokenTerms:
 
 
 def _ratio(logp: Tensor, batch: TokenBatch, loss: LossConfig) -> Tensor:
-    """[n] the log-ratio at `loss.ratio_level`."""
+    """The log-ratio [n] at `loss.ratio_level`."""
     log_ratio = logp - batch.old_logp
     if loss.ratio_level == "token":
         return log_ratio
@@ -266,8 +266,8 @@ def _ratio(logp: Tensor, batch: TokenBatch, loss: LossConfig) -> Tensor:
 def _through_ratio(
     terms: TokenTerms, batch: TokenBatch, weights: Tensor, loss: LossConfig
 ) -> TokenTerms:
-    """`terms` with derivatives by the ratio of `_ratio`, as terms with derivatives by each token's
-    log-prob."""
+    """The weighted `terms`, whose derivatives are by `_ratio`, with derivatives by each token's
+    log-prob instead."""
     slope = terms.dlogp * weights
     if loss.ratio_level == "sequence":
         slope = batch.means(slope)

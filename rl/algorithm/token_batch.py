@@ -19,28 +19,29 @@ class TokenBatch:
     """Aligned [n] tensors of loss tokens, all finite, in the dtype of the log-probs."""
 
     old_logp: Tensor
-    """Under the old policy of the ratio: the rollout's, or recomputed (`offpolicy.old_logp`)."""
+    """Log-prob under the ratio's old policy: the rollout's, or recomputed
+    (`offpolicy.old_logp`)."""
     behaviour_logp: Tensor
-    """As the engine sampled it."""
+    """Log-prob with which the engine sampled the token."""
     advantages: Tensor
     sequence: Tensor
-    """Which sequence, int64 from 0 within the whole batch."""
+    """Index of the token's sequence in the whole batch, int64."""
     length: Tensor
-    """Loss tokens of the token's whole sequence."""
+    """Number of loss tokens of the token's whole sequence."""
     reference_logp: Tensor | None = None
     entropy: Tensor | None = None
 
     def select(self, index: Sequence[int]) -> TokenBatch:
-        """These tokens alone."""
+        """The batch of these tokens only."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(
             self, **{name: v[list(index)] for name, v in values.items() if v is not None}
         )
 
     def sums(self, values: Tensor) -> Tensor:
-        """[n] the sum of `values` over the tokens of each token's sequence that are here, added up
-        in float64: one after the other in float32, the gradient of an answer of 100,000 tokens
-        would be off by 1e-4 of itself."""
+        """The sum [n] of `values` over this chunk's tokens of each token's sequence, added up in
+        float64: in float32, one after the other, the gradient of an answer of 100,000 tokens would
+        have a relative error of 1e-4."""
         if not len(values):
             return values
         wide = platform.sum_dtype(values.device.type)
@@ -48,7 +49,7 @@ class TokenBatch:
         return totals.index_add(0, self.sequence, values.to(wide))[self.sequence].to(values.dtype)
 
     def means(self, values: Tensor) -> Tensor:
-        """[n] that sum over the sequence's number of loss tokens."""
+        """`sums` divided by the sequence's number of loss tokens, [n]."""
         return self.sums(values) / self.length
 
 

@@ -1,12 +1,12 @@
-"""Micro-batches: which sequences go through a learner rank together.
+"""Micro-batches: the division of a batch's sequences into the passes of each learner rank.
 
-Padded passes: sequences are sorted by length and cut so that the padded size of every micro-batch
-stays within a token budget, then dealt so that each rank runs the same number of passes (with
-sharded parameters every pass is a collective) and the largest pass is as small as that number
-allows. Packed passes have no padding to avoid, so sequences are spread over all passes of all ranks
-by Karmarkar and Karp's differencing method, on what each of them costs.
+Padded passes: sequences are sorted by length and divided so that the padded size of every
+micro-batch stays within a token budget, each rank runs the same number of passes (with sharded
+parameters every pass is a collective), and the largest pass is as small as that number allows.
+Packed passes have no padding to avoid, so sequences are balanced over all passes of all ranks by
+their costs, with Karmarkar and Karp's differencing method.
 
-Loss and gradient do not depend on any of this, since every token's weight was fixed over the whole
+Loss and gradient do not depend on the division, since every token's weight was fixed over the whole
 step beforehand.
 """
 
@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 MicroBatch = tuple[int, ...]
-"""Indices of sequences; empty for a rank that only keeps step with the others."""
+"""Indices of sequences; empty for a rank that runs a pass only to take part in the collectives."""
 
 PACKED_SEQUENCES = 1000
-"""The most that one packed pass may hold: attention over packed sequences on NPUs takes about a
-thousand of them."""
+"""Most sequences of a packed pass: attention over packed sequences on NPUs takes about a thousand
+of them."""
 
 
 def plan_micro_batches(
@@ -107,7 +107,7 @@ def _packed(
 def _divide(
     lengths: Sequence[int], costs: Sequence[float], passes: int, budget: int, most: int
 ) -> list[list[int]] | None:
-    """The first division into at most that many passes of which none is too large; None: there is
+    """The first division into at most `passes` passes of which none is too large; None if there is
     none."""
     for parts in _divisions(lengths, costs, passes, budget, most):
         fits = all(sum(lengths[i] for i in part) <= budget and len(part) <= most for part in parts)
@@ -119,16 +119,16 @@ def _divide(
 def _divisions(
     lengths: Sequence[int], costs: Sequence[float], passes: int, budget: int, most: int
 ) -> Iterator[list[list[int]]]:
-    """Balanced by cost, the best; balanced by tokens, which fits where room is scarcer; not
-    balanced, but tight."""
+    """Candidate divisions, best first: balanced by cost; balanced by tokens, which fits more often;
+    and unbalanced, but into few passes."""
     yield karmarkar_karp(costs, passes)
     yield karmarkar_karp(lengths, passes)
     yield _best_fit(lengths, budget, most)
 
 
 def _best_fit(sizes: Sequence[int], budget: int, most: int) -> list[list[int]]:
-    """As few parts as come out when each item, the longest first, goes where it leaves the least
-    room."""
+    """Indices of the items in parts, by best-fit decreasing: each item, the longest first, goes
+    where it leaves the least room."""
     parts: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):

@@ -35,8 +35,8 @@ def squares(
 
 @contextmanager
 def changed(model: nn.Module, canary: Canary, rank: int, world: int) -> Iterator[None]:
-    """Within, the model's weights are the canary's. RuntimeError where they could not be taken
-    back."""
+    """A context in which the model's weights are the canary's. Raises RuntimeError if they could
+    not be restored bit for bit."""
     before = _sums(model)
     change(model, canary, rank, world)
     try:
@@ -62,8 +62,8 @@ def change(
     back: bool = False,
     only: str | None = None,
 ) -> None:
-    """Every weight in place, or `only` that one. An adapted one is the sum of a base and of the
-    product of two factors, which have the rows' and the columns' signs."""
+    """Changes every weight in place, or `only` that one; `back` undoes it. Of an adapted weight,
+    W + scale * B A, the base gets both signs, B those of the rows and A those of the columns."""
     for name, parameter in model.named_parameters():
         served = _served(name)
         if only is not None and served != only:
@@ -80,7 +80,7 @@ def change(
 
 
 def _served(name: str) -> str:
-    """The name under which what this parameter is a part of is served."""
+    """The served name of the weight that this parameter is, or is a part of."""
     for part in (_LORA_A, _LORA_B):
         if part in name:
             return name.partition(part)[0] + ".weight"
@@ -88,7 +88,7 @@ def _served(name: str) -> str:
 
 
 def _sums(model: nn.Module) -> Mapping[str, int]:
-    """Of each parameter's bits here."""
+    """name -> the sum of the bits of this rank's shard, as integers."""
     sums = {}
     for name, parameter in model.named_parameters():
         local: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter

@@ -1,9 +1,9 @@
 """Checkpoints of the learner: a Hugging Face directory that anybody can load, and the exact state
-that training goes on from.
+from which training resumes.
 
-The exact state is saved by torch.distributed.checkpoint in sharded form, so a run may go on with
-another number of ranks. A checkpoint is made in two: every rank copies its part aside (`Snapshot`),
-between two steps, and a thread of it writes that while training goes on.
+The exact state is saved by torch.distributed.checkpoint in sharded form, so a run may resume with
+another number of ranks. A checkpoint is made in two steps: every rank copies its part (`Snapshot`)
+between two training steps, and one of its threads writes the copy while training goes on.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ DESCRIPTION = {
     ("pathlib", "Path"),
     ("collections", "OrderedDict"),
 }
-"""Types in the description of a checkpoint, besides its own classes and torch's dtypes."""
+"""(module, name) of the types that a checkpoint's metadata may contain, besides the classes of
+torch.distributed.checkpoint and torch's dtypes."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NOT_WEIGHTS = (
     "tokenizer",
@@ -54,10 +55,10 @@ def full_tensors(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tens
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Snapshot:
-    """One rank's part of a checkpoint: a moment's state in host memory of its own, which a thread
-    writes while training goes on. Bytes of each parameter that trains: 12 / ranks (master and two
-    moments; a critic as much again for its own, a frozen reference 4 / ranks), and on rank 0 those
-    of the served dtype for the whole model."""
+    """One rank's part of a checkpoint, copied to host memory, which a thread writes while training
+    goes on. It takes 12 / ranks bytes for each trained parameter (master and two moments; as much
+    for each of a critic's, 4 / ranks for each of a frozen reference's), and on rank 0 the whole
+    model in the served dtype."""
 
     model: dict[str, Tensor] | None
     """The whole weights by their Hugging Face names, in the bytes that engines serve; only on rank
@@ -65,11 +66,11 @@ class Snapshot:
     states: dict[str, dict[str, Any]]
     """Folder -> this rank's shards."""
     positions: dict[str, dict[str, Any]]
-    """Folder -> what stands beside them in `scheduler.pt`; only on rank 0."""
+    """Folder -> contents of its `scheduler.pt`; only on rank 0."""
 
     @property
     def num_bytes(self) -> int:
-        """Of host memory that it takes on this rank."""
+        """Bytes of host memory that it takes on this rank."""
         whole = [] if self.model is None else list(self.model.values())
         held = [
             t for state in self.states.values() for part in state.values() for t in _local(part)
@@ -84,7 +85,8 @@ def _local(part: Any) -> list[Tensor]:
 
 
 def whole_model(policy: Policy, dtype: torch.dtype, *, keep: bool) -> dict[str, Tensor] | None:
-    """Every weight in host memory of its own; all ranks take part, one keeps."""
+    """A copy of every weight in host memory if `keep`, else None. A collective: all ranks take
+    part."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in full_tensors(policy, dtype):
         if keep:
@@ -103,7 +105,8 @@ def aside(state: dict[str, Any]) -> dict[str, Any]:
 def write_model(
     policy: Policy, tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype, origin: str
 ) -> None:
-    """A Hugging Face directory: weights, config and the tokenizer's files."""
+    """Writes a Hugging Face directory: `tensors`, a config with this dtype, and the tokenizer's
+    files of `origin` (a directory or a Hub id)."""
     from huggingface_hub import save_torch_state_dict
     from transformers import AutoTokenizer
 
@@ -121,8 +124,8 @@ def write_model(
 
 
 def write_states(snapshot: Snapshot, folder: Path, group: Any) -> None:
-    """Everything of a snapshot but the model, under `folder`; all ranks of the process group
-    `group` take part, at the same time, in a thread that does nothing else with it."""
+    """Writes everything of a snapshot but the model under `folder`. A collective of all ranks of
+    the process group `group`, which no other thread may use meanwhile."""
     from torch.distributed.checkpoint import state_dict_saver
 
     for name, state in snapshot.states.items():
@@ -132,19 +135,19 @@ def write_states(snapshot: Snapshot, folder: Path, group: Any) -> None:
 
 
 def weights_of(shards: Shards) -> dict[str, Any]:
-    """The values of the shards alone, of a model that is not trained."""
+    """name -> shard of every parameter: the state of a model that is not trained."""
     return {name: p.detach() for name, p in shards.parameters.items()}
 
 
 def load_weights(shards: Shards, folder: Path) -> None:
-    """Reads what `weights_of` gave, in place."""
+    """Reads the state of `weights_of` in place."""
     from torch.distributed.checkpoint import state_dict_loader
 
     state_dict_loader.load(weights_of(shards), storage_reader=_reader(folder))
 
 
 def position_of(shards: Shards, optimizer: Any, scheduler: Any) -> dict[str, Any]:
-    """The schedule's position."""
+    """The positions of the learning-rate schedule and of AdamW's step counter."""
     steps = [
         float(optimizer.state[p]["step"]) for p in shards.local if "step" in optimizer.state[p]
     ]
@@ -152,10 +155,11 @@ def position_of(shards: Shards, optimizer: Any, scheduler: Any) -> dict[str, Any
 
 
 def load_state(shards: Shards, optimizer: Any, scheduler: Any, folder: Path) -> None:
-    """Masters, moments and the schedule's position, read in place."""
+    """Reads masters, moments and the schedule's position in place."""
     from torch.distributed.checkpoint import state_dict_loader
 
     saved = torch.load(folder / "scheduler.pt", weights_only=True)
+    # a new optimizer has no moments, and only tensors that exist are read
     for parameter in shards.local if saved["optimizer_steps"] else []:
         moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
         optimizer.state[parameter] = {"step": torch.tensor(saved["optimizer_steps"][0]), **moments}
@@ -180,13 +184,13 @@ def state_of(shards: Shards, optimizer: Any) -> dict[str, dict[str, Tensor]]:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Makes what torch.distributed.checkpoint describes a checkpoint with, and nothing else: a
-    pickle may otherwise run whatever its author likes."""
+    """Unpickles a checkpoint's metadata and refuses any other type: a pickle may otherwise run its
+    author's code."""
 
     def find_class(self, module: str, name: str) -> Any:
         from torch.distributed.checkpoint import metadata
 
-        # what that module has imported, `os.system` for one, is none of its own
+        # only what that module defines: among what it imports is `os`
         own = getattr(metadata, name, None)
         allowed = (
             (module == metadata.__name__ and getattr(own, "__module__", "") == module)
@@ -201,7 +205,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _reader(folder: Path) -> Any:
-    """Reads a checkpoint of `folder` without unpickling what is not plain."""
+    """A reader of the checkpoint in `folder` that unpickles with `_PlainUnpickler`."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     class Reader(FileSystemReader):

@@ -1,5 +1,5 @@
-"""The critic of PPO and VAPO: a second model on the learner ranks that estimates, before each
-token, the return to come.
+"""The critic of PPO and VAPO: a second model on the learner ranks that estimates the return before
+each token.
 
 Shape legend: n loss tokens of a micro-batch, H hidden size.
 """
@@ -26,7 +26,7 @@ class Critic(nn.Module):
         nn.init.zeros_(self.value.bias)
 
     def forward(self, micro: MicroBatchTensors) -> Tensor:
-        """[n] the value before each loss token, in the dtype of the master weights: bfloat16 would
+        """The value [n] before each loss token, in the dtype of the master weights: bfloat16 would
         round it to 0.4 %."""
         hidden_nH = hidden_states(self.body, micro)
         values_n1: Tensor = self.value(hidden_nH.to(self.value.weight.dtype))

@@ -42,7 +42,7 @@ class ModelFlops:
 
     @classmethod
     def of(cls, config: Any) -> ModelFlops:
-        """From a transformers configuration.
+        """The sizes in a transformers configuration.
 
         Raises:
             ValueError: an architecture that this does not count, such as a mixture of experts or
@@ -86,8 +86,8 @@ class ModelFlops:
         return square // 2 if causal else square
 
     def sequence(self, length: int, *, causal: bool = True) -> int:
-        """A whole sequence through all layers, forward, without the head: what its place among
-        micro-batches weighs."""
+        """A whole sequence through all layers, forward, without the head: its cost when
+        micro-batches are balanced."""
         return int(length) * self.token + self.attention(length, causal=causal)
 
     def forward(self, lengths: Iterable[int], loss_tokens: int, *, causal: bool = True) -> int:
@@ -110,9 +110,9 @@ class ModelFlops:
         """Forward and backward of an update, without the optimizer.
 
         repeated: tokens of prompts that another sequence has computed; attention sees them.
-        frozen_weights: nothing but adapters (LoRA) trains: there are no gradients by the model's
-        own weights, and products
-            with them cost twice a forward pass. The adapters' own small products are not counted.
+        frozen_weights: only adapters (LoRA) train, so there are no gradients by the model's own
+            weights, and products with them cost twice a forward pass. The adapters' own small
+            products are not counted.
         """
         sizes = [int(length) for length in lengths]
         attention = sum(self.attention(length, causal=causal) for length in sizes)

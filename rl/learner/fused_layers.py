@@ -19,7 +19,7 @@ from .shared_prompts import SharedRows, over_sequences
 
 
 def fused_forward(device: torch.device) -> Forward:
-    """A decoder layer's forward with what `device` has."""
+    """A decoder layer's forward with the fused operators of `device`."""
     parts = Parts.of(device)
 
     def forward(
@@ -43,7 +43,7 @@ def fused_forward(device: torch.device) -> Forward:
 
 
 def ends(hidden: Tensor, given: dict[str, Any]) -> tuple[int, ...]:
-    """Where each sequence of a packed row ends, or each padded row."""
+    """The cumulative ends of a packed row's sequences, or of padded rows, in flattened tokens."""
     if given.get("ends") is not None:
         ends: tuple[int, ...] = given["ends"]
         return ends
@@ -61,8 +61,7 @@ def layer(
     parts: Parts,
     shared: SharedRows | None = None,
 ) -> Tensor:
-    """hidden [B, L, H], a packed row or padded ones: of the same shape what the layer makes of
-    it."""
+    """The layer's output for hidden [B, L, H], a packed row or padded ones, in the same shape."""
     shape, x = hidden.shape, hidden.flatten(0, 1)
     first, second, attention, mlp = (
         self.input_layernorm,

@@ -1,5 +1,4 @@
-"""The learner group as the loop sees it: N ranks that move in step, with a deadline on every
-wait."""
+"""The learner ranks as one object: every call goes to all of them, with a deadline."""
 
 from __future__ import annotations
 
@@ -22,30 +21,31 @@ from ..groups import Batch
 from .publisher import Published, PublishRequest
 
 PUBLISHING = "publishing"
-"""The thread of an actor that publishes weights, beside the one that trains."""
+"""Concurrency group of a rank's actor whose thread publishes weights while another trains."""
 WRITING = "writing"
-"""The thread that writes checkpoints."""
+"""Concurrency group whose thread writes checkpoints."""
 
 
 class LearnersLostError(ActorLostError):
-    """A rank is gone or stuck: the group has to be made anew, from a checkpoint."""
+    """A rank is gone or stuck; the group has to be restarted from a checkpoint."""
 
 
 class LearnerGroup:
     """Every call goes to all ranks and returns when all are done."""
 
     def __init__(self, ranks: Sequence[Any], *, timeout: float, disks: Disks | None = None) -> None:
-        """disks: of the ranks' nodes; None where all are the caller's."""
+        """timeout: seconds for one call. disks: those of the ranks' nodes; None if the ranks share
+        the caller's disk."""
         self.ranks = tuple(ranks)
         self._timeout = timeout
         self._disks = disks
         self.record: Callable[[str, float, float], None] = lambda what, start, end: None
-        """Told of every call: what was asked, and from when to when, as `time.time()`."""
+        """Called with (name, start, end) of every call, as `time.time()`."""
 
     def connect(self, model_path: str, timeout: float) -> None:
-        """Brings the ranks together and loads the policy, within `timeout` seconds
-        (`cluster.start_timeout`). ValueError if rank 0 meets the others at an address that other
-        nodes cannot reach."""
+        """Forms the process group of the ranks and loads the policy, each within `timeout` seconds
+        (`cluster.start_timeout`). Raises ValueError if other nodes cannot reach rank 0's
+        address."""
         wait = partial(_gather, timeout=timeout, key="cluster.start_timeout")
         address = wait([self.ranks[0].address.remote()], what="address")[0]
         if len(self.ranks) > 1:
@@ -71,38 +71,39 @@ class LearnerGroup:
         return metrics
 
     def skip(self, updates: int) -> None:
-        """Moves the learning-rate schedules on by updates that there was nothing to learn for."""
+        """Advances the learning-rate schedules by updates without a batch to train on."""
         self._call("skip", updates)
 
     def logprobs(self, batch: Batch, temperature: float) -> Any:
-        """[T] the policy's log-prob of every loss token."""
+        """The policy's log-prob [T] of every loss token."""
         return self._call("logprobs", ray.put(batch), temperature)[0]
 
     def canary(self, seed: int) -> Canary:
-        """That of the weights of now."""
+        """A canary of the current weights."""
         canary: Canary = self._call("canary", seed)[0]
         return canary
 
     def canary_logprobs(
         self, batch: Batch, canary: Canary, left_out: Sequence[str] = ()
     ) -> list[Any]:
-        """[T] as `logprobs`, of the canary, and for each name of it without that tensor."""
+        """Log-probs [T] as of `logprobs` under the canary's weights, then for each name in
+        `left_out` under those with that tensor unchanged."""
         logps: list[Any] = self._call("canary_logprobs", ray.put(batch), canary, tuple(left_out))[0]
         return logps
 
     def reference_logprobs(self, batch: Batch, temperature: float) -> Any:
-        """[T] the reference's."""
+        """The reference's log-prob [T] of every loss token."""
         return self._call("reference_logprobs", ray.put(batch), temperature)[0]
 
     def teacher_logprobs(self, batch: Batch, temperature: float) -> Any:
-        """[T] each sequence's teacher's."""
+        """The log-prob [T] of every loss token by its sequence's teacher."""
         return self._call("teacher_logprobs", ray.put(batch), temperature)[0]
 
     def refresh_reference(self) -> None:
         self._call("refresh_reference")
 
     def values(self, batch: Batch) -> Any:
-        """[T] the critic's value before every loss token."""
+        """The critic's value [T] before every loss token."""
         return self._call("values", ray.put(batch))[0]
 
     def critic_step(self, batch: Batch) -> dict[str, float]:
@@ -111,15 +112,15 @@ class LearnerGroup:
         return metrics
 
     def trace(self, begin: bool) -> list[bytes]:
-        """Begins a trace of every rank's process, or ends it: what each recorded."""
+        """Begins a trace of every rank's process, or ends it and returns each recording."""
         return self._call("trace", begin)
 
     def take_weights(self) -> None:
-        """Copies the weights aside, as the next version to be published."""
+        """Copies the weights, as the next version to publish."""
         self._call("take_weights")
 
     def publish(self, order: PublishRequest) -> Published:
-        """Hands what was taken to the transport; the ranks may make their next step meanwhile."""
+        """Publishes the copied weights; the ranks may make their next step meanwhile."""
         beside = {"concurrency_group": PUBLISHING}
         whole = not order.patch
         parts = [rank.publish_part.options(**beside).remote(whole) for rank in self.ranks[1:]]
@@ -129,7 +130,7 @@ class LearnerGroup:
         return published
 
     def meet(self, workers: int, timeout: float, backend: str, ranks: int) -> BroadcastGroup:
-        """A new group of rank 0 and the engines of so many workers (`Publisher.meet`)."""
+        """A new process group of rank 0 and the engines of `workers` workers (`Publisher.meet`)."""
         meet = self.ranks[0].meet.options(concurrency_group=PUBLISHING)
         group: BroadcastGroup = self._wait([meet.remote(workers, timeout, backend, ranks)], "meet")[
             0
@@ -137,17 +138,17 @@ class LearnerGroup:
         return group
 
     def broadcast(self) -> Any:
-        """Begins to send what was last published to the workers that wait for it; the reference to
-        the end of it."""
+        """Begins to send the version last published to the workers that wait for it; returns the
+        Ray reference of the call."""
         return self.ranks[0].broadcast.options(concurrency_group=PUBLISHING).remote()
 
     def snapshot(self) -> None:
-        """Every rank copies its part of a checkpoint aside; training may then go on."""
+        """Every rank copies its part of a checkpoint; training may then go on."""
         self._call("snapshot")
 
     def write(self, folder: str) -> None:
-        """Every rank writes what it copied, while it trains; all of it is on the caller's disk when
-        this returns."""
+        """Every rank writes what `snapshot` copied, while it trains; all of it is on the caller's
+        disk when this returns."""
         beside = {"concurrency_group": WRITING}
         self._wait([rank.write.options(**beside).remote(folder) for rank in self.ranks], "write")
         if self._disks is not None:

@@ -1,8 +1,8 @@
 """Decoder layers of Llama, Qwen2 and Qwen3 as transformers builds them, run on a CPU by
 `kernels/transformer`.
 
-Modules, parameters and their names stay; only what a layer's `forward` does is replaced, and held
-against the layer's own once before it is used.
+Modules, parameters and their names stay; only a layer's `forward` is replaced, and compared with
+the layer's own once before it is used.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ ATTENTION = "packed_cpu"
 the learner packs."""
 FAMILIES = ("llama", "qwen2", "qwen3")
 TOLERANCE = 0.03
-"""Largest relative distance between a replaced layer and its own, output and gradient: bfloat16
-rounds to 0.004, and the two round at different places."""
+"""Largest relative distance between outputs, and gradients, of the replaced and the own forward:
+bfloat16 rounds to 0.004, and the two round at different places."""
 
 
 Forward = Callable[..., Any]
@@ -39,8 +39,8 @@ Forward = Callable[..., Any]
 def replace_layers(
     model: Any, layers: Any, forward: Forward | None = None, device: torch.device | None = None
 ) -> bool:
-    """Replaces the layers' forward where they are of a family that is known and the check, which
-    runs on `device`, passes; whether it did. forward: by default that of a CPU."""
+    """Replaces the layers' forward if they are of a known family and pass the comparison, which
+    runs on `device`. Returns whether it did. forward: None means that of a CPU."""
     forward, device = forward or layer_forward, device or torch.device("cpu")
     config = model.config.get_text_config()
     full = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
@@ -87,8 +87,8 @@ def _usual(layer: Any) -> bool:
 
 
 def _distance(layer: Any, config: Any, ours: Forward, device: torch.device) -> float:
-    """Between the replaced and the own forward of a copy of the layer, by output and gradient of 24
-    drawn tokens."""
+    """The largest relative distance between the replaced and the own forward of a copy of the
+    layer, of output and gradient for 24 random tokens."""
     before = layer.self_attn.config._attn_implementation
     layer = copy.deepcopy(layer).to(device, torch.bfloat16)
     layer.self_attn.config._attn_implementation = "sdpa"
@@ -162,11 +162,11 @@ def layer_forward(
     out = operators.gated_mlp(
         normed, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
     )
-    return out.view(shape) + total.view(shape)  # no view, which FSDP warns of
+    return out.view(shape) + total.view(shape)  # a new tensor: FSDP warns if it gets a view
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
-    """`layer(x)`; one with adapters runs as it is."""
+    """`layer(x)`, by our operator unless the layer has adapters."""
     if type(layer) is nn.Linear:
         return operators.linear(x, layer.weight, layer.bias)
     out: Tensor = layer(x)
@@ -188,8 +188,8 @@ def packed_attention(
     scaling: float,
     **given: Any,
 ) -> tuple[Tensor, None]:
-    """The same attention for other dtypes, one sequence at a time: [B, heads, L, D] in, [B, L,
-    heads, D] out."""
+    """Attention over packed sequences for dtypes other than bfloat16, one sequence at a time:
+    [B, heads, L, D] in, [B, L, heads, D] out."""
     assert attention_mask is None
     borders = given.get("cu_seq_lens_q")
     ends = [0, query.shape[2]] if borders is None else borders.tolist()

@@ -1,9 +1,9 @@
-"""How a causal language model makes logits of its last hidden states: what the fused output layer
-needs to do the same.
+"""The step from a causal language model's last hidden states to its logits, as the fused output
+layer must reproduce it.
 
 Some families scale their logits, some cap them, and adapters may sit in the output layer. A wrong
-guess would train on log-probs that no engine samples from, so what the configuration says is held
-against the model's own logits before it is used.
+guess would train on log-probs that no engine samples from, so the configuration's values are
+compared with the model's own logits before they are used.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from torch import Tensor, nn
 from ...kernels.loss.head import Head
 
 PROBE = 50.0
-"""Largest logit of the probe: soft-caps lie around 30, so that one which is not allowed for
-shows."""
+"""Largest logit of the probe: above the usual soft-caps of about 30, so that a missed one shows."""
 TOLERANCE = 0.02
-"""Share of `PROBE`: several times the rounding of bfloat16 and of what accelerators do with
-float32."""
+"""Largest difference as a share of `PROBE`: several times the rounding of bfloat16, and of
+accelerators' float32 products."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearHead:
-    """The kernels' `logit_scale` and `softcap` of a model."""
+    """The `logit_scale` and `softcap` that the kernels need for a model."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -60,8 +59,8 @@ def linear_head(model: Any) -> LinearHead | None:
 
 
 def _stated(config: Any) -> LinearHead:
-    """As configurations of transformers name it: Cohere multiplies, Granite divides, Falcon-H1
-    multiplies, Gemma 2 caps."""
+    """The scaling that a transformers configuration states: Cohere multiplies, Granite divides,
+    Falcon-H1 multiplies, Gemma 2 caps."""
     config = config.get_text_config()
 
     def number(name: str) -> float | None:
@@ -77,7 +76,7 @@ def _stated(config: Any) -> LinearHead:
 
 
 def own_logits(model: Any, hidden_nH: Tensor) -> Tensor:
-    """[n, V] what the model's own forward makes of these last hidden states, differentiable."""
+    """The logits [n, V] of the model's own forward for these last hidden states; differentiable."""
     tokens = torch.zeros(1, len(hidden_nH), dtype=torch.int64, device=hidden_nH.device)
     with _body_returns(model, hidden_nH[None]):
         logits: Tensor = model(input_ids=tokens, use_cache=False).logits
@@ -86,7 +85,7 @@ def own_logits(model: Any, hidden_nH: Tensor) -> Tensor:
 
 @contextmanager
 def _body_returns(model: Any, hidden_BLH: Tensor) -> Iterator[None]:
-    # has what mixtures of experts and others read
+    # this output type has the fields that mixtures of experts and others read
     from transformers.modeling_outputs import MoeModelOutputWithPast
 
     body = getattr(model, model.base_model_prefix)

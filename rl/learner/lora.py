@@ -21,8 +21,8 @@ _BASE = ".base_layer."
 
 
 def inject_adapters(model: Any, settings: LoraConfig, seed: int = 0) -> None:
-    """Adapters in every layer that `settings.targets` names, drawn from the seed; everything else
-    is frozen.
+    """Puts adapters, drawn from the seed, into every layer that `settings.targets` names, and
+    freezes everything else.
 
     Raises:
         ValueError: peft is not installed, no layer has such a name, or one that has it is not
@@ -54,8 +54,8 @@ def inject_adapters(model: Any, settings: LoraConfig, seed: int = 0) -> None:
 
 
 def _check_adapted(model: nn.Module) -> None:
-    """ValueError for an adapted layer whose merged weight could not be served in place of the plain
-    one."""
+    """Raises ValueError for an adapted layer whose merged weight could not be served in place of
+    the plain one."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", None)
@@ -98,7 +98,7 @@ def merged_shards(
 
 
 def _merging(model: nn.Module) -> Iterator[tuple[str, Any, Tensor | None]]:
-    """(name, parameter, what its adapters add to the whole of it)."""
+    """(name, parameter, the sum of its adapters' products for the whole weight, None without)."""
     modules: dict[str, Any] = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         if ".lora_" in name:

@@ -1,5 +1,4 @@
-"""The memory that an update takes, how many tokens a pass may therefore hold, and a refusal of what
-cannot fit.
+"""Estimates of an update's memory, and the number of tokens that a pass may therefore hold.
 
 Estimates, from the shape of the model: activations of a dense decoder layer as plain transformers
 keeps them for the backward pass, or a layer's input alone under gradient checkpointing, and the
@@ -18,16 +17,17 @@ from ...kernels.loss.fused_loss import CHUNK_BYTES
 from .flops import ModelFlops
 
 LARGEST = 16384
-"""Tokens of a pass on an accelerator, beyond which more of them no longer fill it better."""
+"""Most tokens of a pass on an accelerator; more do not fill it better."""
 LARGEST_CPU = 2048
-"""On a CPU: a layer's products are quickest while what they read stays in the cores' caches."""
+"""The same on a CPU: a layer's products are fastest while their operands stay in the caches."""
 SMALLEST = 256
+"""Least tokens of a pass, and the step of its size."""
 PASS_BYTES = 1 << 30
-"""Activations of a pass on a CPU, which are far beyond its caches: a pass that keeps more of them
-takes memory and gains nothing, whatever `optim.micro_batch_tokens` allows."""
+"""Most bytes of activations of a pass on a CPU, far more than its caches: a larger pass takes
+memory and gains nothing, whatever `optim.micro_batch_tokens` allows."""
 SPARE = 0.8
-"""Share of the free memory that is planned with; allocators, collectives and the estimate's error
-have the rest."""
+"""Share of the free memory to plan with; allocators, collectives and the estimate's error have the
+rest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,13 +40,13 @@ class Need:
     loss: int
     """The fused loss's tile, and the gradient of its weight."""
     token: int
-    """Of every padded token of a pass."""
+    """Bytes for every padded token of a pass."""
     square: int = 0
-    """Of every pair of tokens of a sequence, where attention keeps its scores: one layer's at a
-    time if they are formed anew, those of all layers if not."""
+    """Bytes for every pair of tokens of a sequence, where attention keeps its scores: of one layer
+    with gradient checkpointing, else of all."""
 
     def of_pass(self, tokens: int, longest: int) -> int:
-        """A pass of so many padded tokens, in sequences of at most `longest`."""
+        """Bytes of a pass of `tokens` padded tokens, in sequences of at most `longest`."""
         return self.state + self.loss + tokens * (self.token + self.square * longest)
 
 
@@ -63,10 +63,13 @@ def need(
     resident: bool = False,
     gathered: int | None = None,
 ) -> Need:
-    """parameters, trained: numbers of all of them, and of those with a gradient; fused: layers keep
-    their products' inputs only (`layers.py`); resident: the free memory is what the master weights
-    have left; gathered: how many parameters are whole at a time, where gradients are reduced after
-    every pass (None: all)."""
+    """The memory that an update needs on one rank.
+
+    parameters, trained: number of all parameters, and of those with a gradient. fused: layers keep
+    only their products' inputs (`layers.py`). resident: the master weights are in memory already,
+    so the free memory is without them. gathered: parameters that are whole at a time, if gradients
+    are reduced after every pass; None: all.
+    """
     size = dtype.itemsize
     master = max(4, size)
     heads = (model.heads + 2 * model.kv_heads) * model.head_dim
@@ -96,14 +99,14 @@ def need(
 
 
 def gathered_at_once(model: ModelFlops, parameters: int) -> int:
-    """Parameters of what a pass holds whole when it reshards: two layers, as the next is fetched
-    early, and what is outside the layers."""
+    """Parameters that a resharding pass holds whole: those of two layers, as the next one is
+    prefetched, and those outside the layers."""
     layer = model.token // 2 // model.layers
     return min(parameters, parameters - (model.layers - 2) * layer)
 
 
 def fits(needed: Need, free: int) -> bool:
-    """Whether a pass of the smallest size does."""
+    """Whether a pass of `SMALLEST` tokens fits into `free` bytes."""
     return needed.of_pass(SMALLEST, SMALLEST) <= int(free * SPARE)
 
 
@@ -130,7 +133,7 @@ def tokens_that_fit(needed: Need, free: int, *, longest: int, largest: int) -> i
 
 
 def worth_keeping(needed: Need, tokens: int, target: platform.Platform) -> int:
-    """Tokens of a pass of at most `tokens`, which on a CPU keeps no more than `PASS_BYTES`."""
+    """`tokens`, on a CPU reduced so that a pass keeps at most `PASS_BYTES`."""
     if not target.is_cpu:
         return tokens
     return min(tokens, max(SMALLEST, PASS_BYTES // needed.token // SMALLEST * SMALLEST))
@@ -141,8 +144,8 @@ def largest_pass(target: platform.Platform) -> int:
 
 
 def free_memory(target: platform.Platform, device: torch.device | None = None) -> int:
-    """Bytes that this process may still take on its device (None: the thread's current one): on a
-    CPU by what the machine and its control group leave."""
+    """Bytes that this process may still allocate on its device (None: the thread's current one);
+    on a CPU the smaller of the machine's and the control group's free memory."""
     if not target.is_cpu:
         free, _ = torch.get_device_module(target.device).mem_get_info(device)
         return int(free)

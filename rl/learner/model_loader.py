@@ -1,5 +1,5 @@
-"""The models of one learner rank: read from files, given our layers and adapters, and sharded over
-the ranks.
+"""Loading of a learner rank's models: read from files, equipped with our layers and adapters, and
+sharded over the ranks.
 
 Parameters are float32 masters sharded by FSDP2 (float64 where the passes are); a pass gathers and
 casts them to the compute dtype.
@@ -33,8 +33,8 @@ from .trainable import shard
 _log = logging.getLogger(__name__)
 
 WORTH_PACKING = 4_000_000
-"""FLOPs of a token in a forward pass, from which a sequence's attention on its own costs a CPU less
-than what packed passes save in float32."""
+"""FLOPs of a token's forward pass above which packing pays on a CPU in float32: shared prompts then
+save more than attention sequence by sequence costs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,15 +50,14 @@ class RankSpec:
     timeout: float
     """Seconds after which a collective gives up on a lost peer."""
     seed: int = 0
-    """Of new adapters."""
+    """Seed of new adapters."""
     longest: int = memory.SMALLEST
-    """Tokens of the longest sequence that a run may train on; what cannot hold it is refused before
-    the first step."""
+    """Tokens of the longest sequence that a run may train on."""
 
 
 class ModelLoader:
-    """Loads the policy, its critic and its teachers. To shard is a collective: all ranks load the
-    same models in the same order."""
+    """Loads the policy, its critic and its teachers. Sharding is a collective, so all ranks must
+    load the same models in the same order."""
 
     def __init__(self, spec: RankSpec) -> None:
         self.spec = spec
@@ -72,7 +71,7 @@ class ModelLoader:
         packing = spec.model.packing
         self.packed = takes_packed(self.attention) if packing == "auto" else packing == "on"
         self.shares_prompts = False
-        """Whether passes compute a prompt once for all of its answers; known as models are
+        """Whether passes compute a prompt once for all of its answers; decided as models are
         loaded."""
         self.copied_prompt = 1.0
         """The part of a prompt's token that a pass keeps for each further answer to it, over all
@@ -82,7 +81,7 @@ class ModelLoader:
         self.fused = own and self.dtype == torch.bfloat16 and spec.model.attention == "auto"
         """Whether the policy's layers are run by `layers.py`, on NPUs by `fused_layers.py`."""
         self.flops: ModelFlops | None = None
-        """Of the policy; None before it is loaded, and for an architecture that is not counted."""
+        """The policy's FLOPs; None before it is loaded, and for an unsupported architecture."""
         self.vocabulary = 0
         """Rows of the policy's output layer."""
 
@@ -95,8 +94,8 @@ class ModelLoader:
         self.mesh: DeviceMesh = init_device_mesh(self.platform.device, (self.spec.world,))
 
     def load_policy(self, *, offload: bool = False) -> Policy:
-        """A sharded policy with the weights of the model's files, and adapters of its own where
-        there are to be any."""
+        """A sharded policy with the weights of the model's files, and new adapters if
+        `model.lora`."""
         from transformers import AutoModelForCausalLM
 
         model = self._read(AutoModelForCausalLM, self.model_path)
@@ -123,8 +122,8 @@ class ModelLoader:
         return policy
 
     def _gains_by_packing(self) -> bool:
-        """Whether a CPU's padded passes in float32 would be slower than packed ones that compute a
-        prompt once."""
+        """Whether to pack on a CPU in float32, because passes that compute a prompt once are faster
+        there than padded ones."""
         model = self.spec.model
         return (
             self.platform.is_cpu
@@ -136,7 +135,7 @@ class ModelLoader:
         )
 
     def _may_share(self, model: Any) -> bool:
-        """`model.share_prompts`, for a model that is loaded.
+        """Whether passes over a loaded model share prompts, by `model.share_prompts`.
 
         Raises:
             ValueError: it is on and cannot be.
@@ -159,7 +158,8 @@ class ModelLoader:
         return False
 
     def load_critic(self, settings: CriticConfig, policy: Policy) -> Critic:
-        """From `critic.path`, or with the policy's body of this moment, adapters merged in."""
+        """A sharded critic with the body of `critic.path`, or with a copy of the policy's current
+        body, adapters merged in."""
         from transformers import AutoModel
 
         body = self._read(AutoModel, settings.path or self.model_path)
@@ -167,6 +167,7 @@ class ModelLoader:
         if self.fused and not self._replace(body, body.layers):
             self.copied_prompt = 1.0
         critic = Critic(body, self.master).train()
+        # by itself, as it computes in the master dtype and the body does not
         self._shard(critic.value, [], dtype=self.master)
         self._shard(critic, critic.body.layers)
         if settings.path is None:
@@ -210,7 +211,7 @@ class ModelLoader:
         self, module: nn.Module, layers: Any, *, dtype: torch.dtype | None = None,
         offload: bool = False,
     ) -> None:  # fmt: skip
-        """For passes in `dtype`, by default that of the passes."""
+        """Shards `module`, its `layers` one by one, for passes in `dtype` (None: `self.dtype`)."""
         compute = dtype or self.dtype
         if self.spec.world == 1 and self.platform.is_cpu:
             keep_whole(module, self.mesh, compute)

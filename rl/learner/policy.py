@@ -33,30 +33,30 @@ class MicroBatchTensors:
 
     token_ids_BL: Tensor
     rows_n: Tensor
-    """Where in the flattened [B * L] hidden states each loss token is predicted: one position
-    before the token itself."""
+    """Index of each loss token's prediction in the flattened [B * L] hidden states: that of the
+    position before the token."""
     targets_n: Tensor
     index_n: Tensor
-    """Which of the batch's T tokens each loss token is."""
+    """Index of each loss token among the batch's T tokens."""
     sequence_ids_n: Tensor
     positions_BL: Tensor | None = None
-    """Of a packed micro-batch, starting again from 0 with every sequence; None: padded."""
+    """Positions in a packed row, from 0 for every sequence; None: padded."""
     borders: Tensor | None = None
-    """[sequences + 1] int32, where in the packed row each sequence starts, and the row's length."""
+    """[sequences + 1] int32: each sequence's start in the packed row, and the row's length."""
     longest: int = 0
     """Tokens of the longest packed sequence."""
     ends: tuple[int, ...] | None = None
-    """`borders` without the first, as numbers, where the device's attention reads them on the host:
-    formed once for all layers and passes over them."""
+    """`borders` without the first as Python integers, if the device's attention reads them on the
+    host: made once for all layers."""
     shared: SharedRows | None = None
-    """Of a packed row that holds prompts once: `borders`, `longest` and `ends` are those of the
-    sequences with their own prompts, as attention sees them."""
+    """The layout of a packed row that has each prompt once; `borders`, `longest` and `ends` are
+    then those of the sequences with their prompts repeated, as attention sees them."""
 
     def layout(self) -> dict[str, Any]:
-        """Arguments of the model's body beside the token ids. transformers makes a block-diagonal
+        """Arguments of the model's body besides the token ids. transformers makes a block-diagonal
         mask of the positions for eager, sdpa and flex attention; its variable-length kernels take
-        the borders, which they would otherwise work out anew in every layer, each time waiting for
-        the device."""
+        the borders, which they would otherwise compute in every layer, each time waiting for the
+        device."""
         if self.positions_BL is None:
             return {}
         ends = {} if self.ends is None else {"ends": self.ends}
@@ -160,8 +160,8 @@ def to_tensors(
 
 
 def _own_tokens(lengths: list[int], runs: list[tuple[int, int]]) -> list[int]:
-    """Of each sequence the tokens that stand in the row for it alone; runs: (sequences, length of
-    their prompt)."""
+    """The number of row tokens that each sequence does not share with the one before it. runs:
+    (number of sequences, length of their prompt)."""
     own = list(lengths)
     place = 0
     for count, prompt in runs:
@@ -172,8 +172,8 @@ def _own_tokens(lengths: list[int], runs: list[tuple[int, int]]) -> list[int]:
 
 
 def _packed_rows(lengths: list[int], own: list[int]) -> tuple[list[NDArray[np.int64]], int]:
-    """The rows of each sequence's tokens, the first of which are those of the sequence before it
-    where it does not have all to itself; and how many rows there are."""
+    """The rows of each sequence's tokens, and the number of rows. A sequence with fewer `own`
+    tokens than its length begins with the first rows of the sequence before it, their prompt."""
     rows: list[NDArray[np.int64]] = []
     used = 0
     for length, alone in zip(lengths, own, strict=True):
@@ -186,7 +186,8 @@ def _packed_rows(lengths: list[int], own: list[int]) -> tuple[list[NDArray[np.in
 def _packed_layout(
     rows: list[NDArray[np.int64]], width: int, device: torch.device
 ) -> dict[str, Any]:
-    """rows: of every sequence, the filling included, in a row of `width` tokens."""
+    """The packing fields of `MicroBatchTensors` for a row of `width` tokens. rows: those of every
+    sequence, the filling included."""
     rows = [each for each in rows if len(each)]
     borders = np.cumsum([0, *map(len, rows)])
     positions = np.empty(width, np.int64)
@@ -203,8 +204,8 @@ def _packed_layout(
 
 
 def hidden_states(body: Any, micro: MicroBatchTensors) -> Tensor:
-    """[n, H] what `body`, a transformer without its head, says where the loss tokens are
-    predicted."""
+    """The last hidden states [n, H] of `body`, a transformer without its head, at the positions
+    that predict the loss tokens."""
     hidden_BLH = body(
         input_ids=micro.token_ids_BL, use_cache=False, **micro.layout()
     ).last_hidden_state
@@ -296,7 +297,7 @@ def _plus(
     more: tuple[Tensor, Tensor],
     teaching: Teaching,
 ) -> tuple[Tensor | None, TokenStats, dict[str, Tensor]]:
-    """A loss with the total and the values [n] of one more part of it."""
+    """A loss plus a weighted divergence, given as its total and its values [n]."""
     loss, stats, metrics = result
     assert loss is not None
     total, values_n = more

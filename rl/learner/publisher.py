@@ -1,14 +1,16 @@
-"""A learner rank's side of publishing weights: its shard of each version, and how that changed
-since the last one.
+"""A learner rank's side of publishing weights: its shard of each version, and the changes since the
+last one.
 
-On every rank      publisher.take(version, shards_of(model, dtype))       a copy, between two steps
-On every rank      part = publisher.part(whole=False)                     on another thread, while
-the next step runs On rank 0          published = publisher.publish(order, parts)            where
-the whole of the last version is at hand
+    # on every rank, between two steps: a copy
+    publisher.take(shards_of(model, dtype, rank, world))
+    # on every rank but 0, in another thread, while the next step runs
+    part = publisher.part(whole=False)
+    # on rank 0, which has the whole last version, likewise
+    published = publisher.publish(order, parts)
 
-Canonical space is Hugging Face's. FSDP2 shards a parameter by its first dimension as `torch.chunk`
-does, so a shard is consecutive elements of the tensor; tied weights are one parameter; an adapted
-weight is what its adapters make of it.
+Names and shapes are Hugging Face's. FSDP2 shards a parameter by its first dimension as
+`torch.chunk` does, so a shard is consecutive elements of the tensor; tied weights are one
+parameter; adapters are merged into their weight.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from ...rollout.weights.wire_format import pieces
 from .lora import merged_shards
 
 SAMPLE = 4096
-"""Elements of a tensor that are looked at to guess how many changed."""
+"""Elements of a tensor by which the share of changed ones is estimated."""
 
 Shards = Mapping[str, Shard]
 Parts = Mapping[str, TensorPart]
@@ -54,48 +56,49 @@ Parts = Mapping[str, TensorPart]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublishRequest:
-    """How one version is to be published."""
+    """A request to publish one version."""
 
     run_id: str
     version: int
     patch: bool
-    """A patch on the version before, if there was one."""
+    """Publish a patch on the version before, if there was one."""
     anchor: bool
-    """The whole weights."""
+    """Publish the whole weights."""
     dense: bool = False
-    """The workers take the anchor even where there is a patch: that is for the history, and tells
-    how small one is."""
+    """Workers take the anchor even if there is a patch, which is then for the history, and to
+    measure its size."""
     directory: str | None = None
-    """Where the files go; None: into Ray's object store."""
+    """Directory for the files; None: Ray's object store."""
     broadcast: Broadcast | None = None
-    """The engines' own processes wait for the whole weights here first; `Publisher.broadcast` sends
-    them."""
+    """A broadcast of the whole weights for which the engines' processes wait;
+    `Publisher.broadcast` sends it."""
     history: str | None = None
     """A directory that gets a copy of each patch, or of the anchor where there is no patch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Published:
-    """One version as rank 0 gave it away."""
+    """One version as rank 0 published it."""
 
     version: int
     root: str
     num_bytes: int
-    """Of the whole weights."""
+    """Bytes of the whole weights."""
     patch: PatchRef | None
     anchor: PatchRef | None
     changed: float | None
-    """The share of elements that differ from the last version: counted in a patch, guessed from a
-    sample without one."""
+    """Share of elements that differ from the last version: counted in a patch, else estimated from
+    a sample."""
     engines: EngineTransfer | None = None
-    """It will be sent into the engines' own processes."""
+    """The broadcast into the engines' own processes; None without one."""
     encode_s: float
-    """Diff, encoding, digests and the way into the transport, all off the learner's own thread."""
+    """Seconds for diff, encoding, digests and the hand-over to the transport, outside the training
+    thread."""
 
 
 def shards_of(model: nn.Module, dtype: torch.dtype, rank: int, world: int) -> dict[str, Shard]:
-    """This rank's consecutive elements of every weight in the dtype that is served, in host memory
-    of their own; a collective where there are adapters."""
+    """A copy in host memory of this rank's consecutive elements of every weight, in the served
+    dtype; a collective if there are adapters."""
     shards: dict[str, Shard] = {}
     pinned = False
     for name, shape, local in merged_shards(model, rank, world):
@@ -114,13 +117,14 @@ def shards_of(model: nn.Module, dtype: torch.dtype, rank: int, world: int) -> di
 
 
 def first_row(shape: Sequence[int], rank: int, world: int) -> int:
-    """Of a rank's shard: all have ceil(rows / world) rows, but for the last ones."""
+    """The first row of a rank's shard: all but the last ones have ceil(rows / world) rows."""
     rows = shape[0] if shape else 1
     return min(rank * -(-rows // world), rows)
 
 
 class Publisher:
-    """One rank's. `take` belongs to the thread that trains; the rest to one other thread."""
+    """Publishes one rank's weights. `take` is called by the training thread, everything else by one
+    other thread."""
 
     def __init__(self, *, rank: int, world: int, threads: int) -> None:
         self.rank = rank
@@ -135,13 +139,13 @@ class Publisher:
         self._sender: Sender | None = None
 
     def take(self, shards: dict[str, Shard]) -> None:
-        """These are the weights of the next version to be published."""
+        """Sets the weights of the next version to publish."""
         with self._taken:
             self._new = shards
 
     def part(self, *, whole: bool) -> dict[str, TensorPart]:
-        """How this rank's shard differs from what it last published (`whole`: all of it), which is
-        from now on this one."""
+        """The changes of this rank's shard since it was last published (`whole`: all of it). From
+        now on this shard counts as the published one."""
         with self._taken:
             new = self._new
         if whole or self._old is None:
@@ -154,7 +158,7 @@ class Publisher:
         return parts
 
     def publish(self, order: PublishRequest, others: Sequence[Parts] = ()) -> Published:
-        """Rank 0: the parts of all ranks put together and handed to the transport."""
+        """On rank 0: joins the parts of all ranks and hands the patch to the transport."""
         start = time.perf_counter()
         whole = not order.patch or self._base is None
         changed = self._guess() if whole else None
@@ -195,17 +199,17 @@ class Publisher:
     def meet(
         self, device: str, workers: int, timeout: float, backend: str, ranks: int = 1
     ) -> BroadcastGroup:
-        """Rank 0: a new group of this process and `ranks` processes of each of so many workers'
-        engines, which receive through `backend`. ValueError if this process cannot send through
-        that."""
+        """On rank 0: a new group of this process and `ranks` processes of each of `workers`
+        workers' engines, which receive through `backend`. Raises ValueError if this process cannot
+        send through it."""
         check_sender(backend)
         if self._rendezvous is None:
             self._rendezvous = Rendezvous(device, timeout)
         return self._rendezvous.group(workers, backend, ranks)
 
     def broadcast(self) -> None:
-        """Rank 0: sends what was last published to the engines that wait for it; TransferError if
-        not all came."""
+        """On rank 0: sends the version last published to the engines that wait for it. Raises
+        TransferError if not all of them do."""
         assert self._rendezvous is not None and self._outgoing is not None, (
             "nothing was published for a broadcast"
         )
@@ -217,7 +221,7 @@ class Publisher:
         self._sender.send(version, tensors)
 
     def _advance(self, patch: WeightPatch) -> Weights:
-        """The whole of the new version, verified: the base of the next patch."""
+        """The verified whole weights of the new version, the base of the next patch."""
         if self.world == 1:  # rank 0's own shards are the whole, and nobody writes to them any more
             tensors = dict(tensor_bytes(self._old or {}))
             self._base = Weights(
@@ -229,7 +233,7 @@ class Publisher:
         return self._base
 
     def _guess(self) -> float | None:
-        """The share of elements that changed, by a sample of this rank's."""
+        """The share of changed elements, estimated from a sample of this rank's shard."""
         if self._old is None:
             return None
         changed = total = 0
@@ -271,7 +275,7 @@ def tensor_bytes(shards: Shards) -> Iterator[tuple[str, TensorBytes]]:
 
 
 def _whole(shards: Shards, threads: int) -> dict[str, TensorPart]:
-    """Raw chunks that are views of the shards."""
+    """name -> part whose raw chunks are views of the shard."""
     digests = spread(lambda shard: digest(shard.data), list(shards.values()), threads)
     return {
         name: TensorPart(

@@ -1,5 +1,5 @@
-"""One learner rank: a Ray actor that owns a device, its shard of the policy and of the optimizer's
-state.
+"""One learner rank: a Ray actor that owns a device and its shards of the policy and of the
+optimizer's state.
 
 `model_loader.py` reads and shards its models, `training_step.py` runs them over its share of a
 batch and forms gradients and metrics.
@@ -70,7 +70,7 @@ class LearnerRank:
         return self._trace.end()
 
     def address(self) -> str:
-        """`host:port` at which rank 0 will wait for the others."""
+        """`host:port` with a free port, at which rank 0 will wait for the others."""
         host = node_address() if self.spec.world > 1 else "127.0.0.1"
         with socket.socket() as probe:
             probe.bind((host, 0))
@@ -106,8 +106,8 @@ class LearnerRank:
         critic: CriticConfig | None = None,
         reference: bool = False,
     ) -> None:
-        """A fresh optimizer and learning-rate schedule for `total_steps` updates, and what goes
-        with the policy: a critic, and the policy of this moment as a frozen reference."""
+        """Makes a new optimizer and learning-rate schedule for `total_steps` updates, and, if asked
+        for, a critic and a frozen reference with the policy's current weights."""
         self.passes = RankPasses(self.models, pass_size(self.models, self.policy, optim))
         self.actor = Trainable(self.policy, optim, total_steps)
         self.critic = None
@@ -122,7 +122,7 @@ class LearnerRank:
             self.refresh_reference()
 
     def refresh_reference(self) -> None:
-        """The reference becomes what the policy is now."""
+        """Copies the policy's current weights into the reference."""
         assert self.reference is not None, "this stage has no reference"
         policy = Shards.of(self.policy, frozen=True)
         Shards.of(self.reference, frozen=True).copy_from(
@@ -130,7 +130,7 @@ class LearnerRank:
         )
 
     def load_teachers(self, distill: DistillConfig) -> None:
-        """The frozen teachers, in the order of the settings."""
+        """Loads the frozen teachers, in the order of the settings."""
         self.teachers = [self.models.load_teacher(each.path) for each in distill.teachers.values()]
 
     def step(self, batch: Batch, objective: Objective) -> dict[str, float]:
@@ -140,7 +140,7 @@ class LearnerRank:
         loss, metrics = self.backward(batch, objective)
         metrics |= self._mismatch.take()  # before the update: the policy is still the old one
         metrics |= {"actor/loss": loss, **self.actor.update("actor")}
-        if self.platform.is_cpu:  # what passes freed is as much again as what stays
+        if self.platform.is_cpu:  # passes free as much memory as remains in use
             platform.give_back_memory()
         seconds = time.perf_counter() - start
         metrics |= self._speed(batch, seconds)
@@ -177,7 +177,7 @@ class LearnerRank:
         )
 
     def skip(self, updates: int) -> None:
-        """Moves the learning-rate schedules on by updates that there was nothing to learn for."""
+        """Advances the learning-rate schedules by updates without a batch to train on."""
         for each in (self.actor, self.critic):
             if each is not None:
                 each.skip(updates)
@@ -197,28 +197,28 @@ class LearnerRank:
         return critic_backward(self.passes, self.critic.module, batch, self.critic_clip)
 
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> NDArray[Any]:
-        """[T] the policy's log-prob of every loss token of the batch (0 elsewhere) in the master
-        dtype, whole on every rank."""
+        """The policy's log-probs [T] of the batch's loss tokens (0 elsewhere), in the master dtype,
+        whole on every rank."""
         return self.passes.logprobs(batch, self.policy, temperature)
 
     def reference_logprobs(self, batch: Batch, temperature: float = 1.0) -> NDArray[Any]:
-        """The same of the reference."""
+        """`logprobs` of the reference."""
         assert self.reference is not None, "this stage has no reference"
         return self.passes.logprobs(batch, self.reference, temperature)
 
     def teacher_logprobs(self, batch: Batch, temperature: float = 1.0) -> NDArray[Any]:
-        """The same of each sequence's teacher, 0 where it has none."""
+        """`logprobs` of each sequence's teacher, 0 where it has none."""
         look = partial(self.passes.logprobs, temperature=temperature)
         return sampled_logprobs(self.teachers, batch, look)
 
     def values(self, batch: Batch) -> NDArray[Any]:
-        """[T] the critic's estimate before every loss token of the batch (0 elsewhere), whole on
-        every rank."""
+        """The critic's estimates [T] before the batch's loss tokens (0 elsewhere), whole on every
+        rank."""
         assert self.critic is not None, "this stage has no critic"
         return self.passes.per_token(batch, self.critic.module, self.critic.module)
 
     def canary(self, seed: int) -> Canary:
-        """That of the weights of now."""
+        """A canary of the current weights; a collective."""
         model, spec = self.policy.model, self.spec
         squares = canaries.squares(model, spec.rank, spec.world, self.models.device)
         return canary_of(seed, squares)
@@ -226,7 +226,8 @@ class LearnerRank:
     def canary_logprobs(
         self, batch: Batch, canary: Canary, left_out: Sequence[str] = ()
     ) -> list[NDArray[Any]]:
-        """[T] as `logprobs`, of the canary, and then for each name of it without that tensor."""
+        """`logprobs` under the canary's weights, then for each name in `left_out` under those with
+        that tensor unchanged."""
         model, rank, world = self.policy.model, self.spec.rank, self.spec.world
         with canaries.changed(model, canary, rank, world):
             logps = [self.logprobs(batch)]
@@ -237,31 +238,32 @@ class LearnerRank:
         return logps
 
     def take_weights(self) -> None:
-        """Copies this rank's shard aside, as the next version to be published."""
+        """Copies this rank's shard, as the next version to publish."""
         self.publisher.take(
             shards_of(self.policy.model, self.dtype, self.spec.rank, self.spec.world)
         )
 
-    # Those below may run in another thread than the rest, while it makes its next step.
+    # The methods below may run in another thread, while the training thread makes its next step.
 
     def publish_part(self, whole: bool) -> Parts:
-        """How this rank's shard changed since the last version, for rank 0."""
+        """`Publisher.part` of this rank, for rank 0."""
         return self.publisher.part(whole=whole)
 
     def publish(self, order: PublishRequest, *others: Parts) -> Published:
-        """Rank 0: what was taken, handed to the transport."""
+        """On rank 0: publishes the copied weights with the other ranks' parts."""
         return self.publisher.publish(order, others)
 
     def meet(self, workers: int, timeout: float, backend: str, ranks: int) -> BroadcastGroup:
-        """Rank 0: a new group for broadcasts to so many workers' engines."""
+        """On rank 0: a new group for broadcasts to `workers` workers' engines."""
         return self.publisher.meet(self.platform.device, workers, timeout, backend, ranks)
 
     def broadcast(self) -> None:
-        """Rank 0: sends what was last published to the engines that wait for it."""
+        """On rank 0: sends the version last published to the engines that wait for it."""
         self.publisher.broadcast()
 
     def snapshot(self) -> int:
-        """Copies what a checkpoint holds aside, between two steps; bytes on this rank."""
+        """Copies this rank's part of a checkpoint to host memory, between two steps; returns its
+        bytes."""
         first = self.spec.rank == 0
         taken = checkpoint.Snapshot(
             model=checkpoint.whole_model(self.policy, self.dtype, keep=first),
@@ -279,9 +281,10 @@ class LearnerRank:
         return taken.num_bytes
 
     def write(self, folder: str) -> None:
-        """Writes what was copied aside, in another thread than the rest: the model in Hugging Face
-        format under `folder`, and what training goes on from under `folder/learner`."""
-        taken, self._taken = self._taken, None
+        """Writes the snapshot, in another thread than the training one: the model in Hugging Face
+        format under `folder`, and the state to resume from under `folder/learner` and so on."""
+        taken = self._taken
+        self._taken = None
         assert taken is not None, "nothing was copied aside"
         failure: Exception | None = None
         try:
@@ -300,12 +303,12 @@ class LearnerRank:
         dist.barrier(group=self._writers)
 
     def save(self, folder: str) -> None:
-        """Both, one after the other."""
+        """`snapshot` and `write`."""
         self.snapshot()
         self.write(folder)
 
     def restore(self, folder: str) -> None:
-        """Goes on from what `write` wrote, possibly with another number of ranks."""
+        """Loads the state that `write` wrote, possibly with another number of ranks."""
         self.actor.restore(Path(folder) / "learner")
         if self.critic is not None:
             self.critic.restore(Path(folder) / "critic")

@@ -1,4 +1,4 @@
-"""How the learning rate goes over the updates of a stage."""
+"""Learning-rate schedules over the updates of a stage."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from ..config.load import OptimConfig
 
 
 def learning_rate(optimizer: Optimizer, settings: OptimConfig, total: int) -> LambdaLR:
-    """The schedule of `total` updates, of which the first has the factor 0 where there is a
-    warm-up. The same as transformers' `get_scheduler`, whose module loads much else: a third of a
-    rank's start."""
+    """The schedule of `total` updates; with a warm-up the first one has the factor 0. It equals
+    transformers' `get_scheduler`, whose import would take a third of a rank's start."""
 
     def factor(update: int) -> float:
         warmup = settings.warmup_steps

@@ -3,11 +3,10 @@
 Shards are plain tensors because an optimizer over distributed tensors spends more time on
 dispatching its many small operations than on doing them.
 
-A module that one rank has all of, on a CPU, is kept whole: what FSDP2 does for a sharded one,
-without the copies that collectives need. Its parameters are the masters, distributed over a mesh of
-one so that checkpoints and the optimizer treat them as any other's. During `passes` copies in the
-dtype of the passes stand in their place, and the gradient of a copy is added to the master's at
-once.
+A single rank on a CPU keeps its modules whole: the same as FSDP2 does for a sharded one, without
+the copies that collectives need. Its parameters are the masters, distributed over a mesh of one so
+that checkpoints and the optimizer treat them as any other's. During `passes` they are replaced by
+copies in the compute dtype, and the gradient of a copy is added to the master's at once.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class Shards:
 
     @classmethod
     def of(cls, module: nn.Module, *, frozen: bool = False) -> Shards:
-        """Of all parameters that require a gradient, or, `frozen`, of all."""
+        """The shards of all parameters that require a gradient, or with `frozen` of all."""
         named = module.named_parameters()
         parameters: dict[str, Any] = {name: p for name, p in named if frozen or p.requires_grad}
         with torch.no_grad():  # without a graph `to_local` is the shard itself, not a view of it
@@ -64,8 +63,7 @@ class Shards:
         return norm
 
     def copy_from(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes over this rank's part of parameters by name, sharded alike; names that are not ours
-        are passed over."""
+        """Copies (name, this rank's shard) into the shards of those names; others are skipped."""
         ours = dict(zip(self.parameters, self.local, strict=True))
         with torch.no_grad():
             for name, value in values:
@@ -88,7 +86,8 @@ class Shards:
 
 
 class _Whole:
-    """The parameters of a module that no part of it has taken over before."""
+    """The parameters of a module as masters and copies, those left out that belong to an earlier
+    `_Whole` of one of its parts."""
 
     def __init__(self, module: nn.Module, mesh: DeviceMesh, compute: torch.dtype) -> None:
         from torch.distributed.tensor import DTensor, Shard
@@ -118,7 +117,7 @@ class _Whole:
         self.copies.append(copy)
 
         def collect(copy: Tensor) -> None:
-            """As soon as a pass has formed the gradient of a copy."""
+            """Moves a copy's gradient to the master, as soon as a pass has formed it."""
             assert copy.grad is not None
             if master.grad is None:
                 if not room:
@@ -149,15 +148,15 @@ class _Whole:
 
 
 def keep_whole(module: nn.Module, mesh: DeviceMesh, compute: torch.dtype) -> None:
-    """The parameters of `module` that are no master yet become masters of their dtype, with copies
-    in `compute` for `passes`."""
+    """Makes the parameters of `module` masters of their dtype, with copies in `compute` for
+    `passes`; those that are masters already stay."""
     vars(module)["_whole"] = _Whole(module, mesh, compute)
 
 
 @contextmanager
 def passes(module: nn.Module) -> Iterator[None]:
-    """Forward and backward passes of a module that is kept whole run in here; any other is left to
-    itself."""
+    """The context for forward and backward passes of a module: puts the copies of modules kept
+    whole in place; does nothing for others."""
     parts = [vars(part)["_whole"] for part in module.modules() if "_whole" in vars(part)]
     with ExitStack() as stack:
         for part in parts:

@@ -1,12 +1,12 @@
 """The prompt that a group's answers have in common, computed once in a learner's pass instead of
 once for each answer (as Prefix Grouper, arXiv 2506.05433, but by its layout alone).
 
-A packed row holds a prompt once and its answers behind it. What works on tokens one by one
-(projections, norms, MLPs) sees every row once. Attention sees whole sequences: queries, keys and
-values are laid out with a copy of the prompt before each answer, and of what comes out the prompt's
-first copy goes on. So every attention over packed sequences will do, and a prompt's gradient is the
-sum over its copies, as without sharing. The learner's own attention on a CPU makes no copies: it
-reads prompts where they stand (`SharedRows.spans`).
+A packed row has a prompt once, followed by its answers. Token-wise operations (projections, norms,
+MLPs) compute every row once. Attention gets whole sequences: queries, keys and values are expanded
+with a copy of the prompt before each answer, and of its output only the prompt's first copy is
+kept. So any attention over packed sequences works, and a prompt's gradient is the sum over its
+copies, as without sharing. The learner's own attention on a CPU makes no copies: it reads each
+prompt's rows directly (`SharedRows.spans`).
 
 Shape legend: S sequences of a batch, R rows of the packed row, E tokens of the sequences laid out
 one behind the other, filling included.
@@ -30,23 +30,23 @@ from .batching import PACKED_SEQUENCES, MicroBatch, plan_micro_batches
 from .flops import ModelFlops
 
 SHARE = 4
-"""Passes are dealt to ranks in pieces of at most this part of what a rank computes, so that they
-can be balanced; a group that is more is cut, and its prompt computed once for each piece."""
+"""Groups are assigned to ranks in pieces of at most 1 / SHARE of a rank's work, so that ranks can
+be balanced; a larger group is split, and its prompt computed once for each piece."""
 KEYS = 1 / 8
-"""Of what a pass keeps of a token, at most what its key is."""
+"""Largest share that a token's keys have in what a pass keeps of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class SharingSequences:
-    """Neighbours in a batch that begin with the same prompt."""
+    """Consecutive sequences of a batch that begin with the same prompt."""
 
     sequences: tuple[int, ...]
     prompt: int
-    """Its tokens: those before the first token that trains."""
+    """Number of its tokens: those before the first loss token."""
 
 
 def sharing_sequences(batch: Batch, sequences: Iterable[int]) -> list[SharingSequences]:
-    """The sequences in their order, in runs of one prompt."""
+    """The sequences, in order, as runs with one prompt each."""
     lengths = batch.sequence_lengths
     ends = np.cumsum(lengths)
     trained = np.flatnonzero(batch.loss_mask_T)
@@ -66,7 +66,7 @@ def sharing_sequences(batch: Batch, sequences: Iterable[int]) -> list[SharingSeq
 
 
 def repeated_tokens(batch: Batch) -> int:
-    """Tokens of prompts that stand in the batch again and are not computed again."""
+    """Number of prompt tokens in the batch that sharing saves from being computed again."""
     runs = sharing_sequences(batch, range(len(batch.sequence_lengths)))
     return sum((len(run.sequences) - 1) * run.prompt for run in runs)
 
@@ -74,7 +74,7 @@ def repeated_tokens(batch: Batch) -> int:
 def plan_sharing(
     batch: Batch, world: int, budget: int, flops: ModelFlops | None, *, copy: float = 1.0
 ) -> list[list[MicroBatch]]:
-    """As `plan_micro_batches`, packed, with the answers to a prompt in one pass where they fit.
+    """`plan_micro_batches` for packed passes, with all answers to a prompt in one pass if they fit.
 
     budget: tokens of a pass, of which a token of a prompt's copy before another answer takes
         `copy`: all of it where attention works on copies, `KEYS` where it keeps their keys alone.
@@ -110,8 +110,7 @@ def plan_sharing(
 def _cost(
     sequences: Sequence[int], prompt: int, lengths: NDArray[np.int64], flops: ModelFlops | None
 ) -> float:
-    """Of a pass over sequences that share their prompt; in tokens where the model is not
-    counted."""
+    """The FLOPs of a pass over sequences that share their prompt; its tokens without `flops`."""
     repeated = (len(sequences) - 1) * prompt
     if flops is None:
         return float(lengths[list(sequences)].sum() - repeated)
@@ -125,7 +124,8 @@ def _cut(
     budget: int,
     share: float,
 ) -> list[tuple[int, ...]]:
-    """The run in as few parts of about equal number as keep to both bounds, or single ones."""
+    """The run split into the fewest parts of about equal size that keep to both bounds; single
+    sequences if no split does."""
     for parts in range(1, len(run.sequences)):
         cut = [tuple(part.tolist()) for part in np.array_split(np.array(run.sequences), parts)]
         if all(
@@ -138,25 +138,25 @@ def _cut(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedRows:
-    """Which rows of a packed row, that holds each prompt once, are which tokens of its
-    sequences."""
+    """The map between the R rows of a packed row that has each prompt once, and the E tokens of its
+    sequences with their prompts repeated."""
 
     rows_E: Tensor
     """The row of each token."""
     first_R: Tensor
     """The first token of each row."""
     copies: tuple[tuple[Tensor, Tensor], ...]
-    """(rows [n], tokens [n, c]) for each number c > 1 of copies: rows that have so many, and which
-    tokens these are. No row stands twice, so that sums over copies have one order on every
-    device."""
+    """(rows [n], tokens [n, c]) for each number c > 1 of copies: the rows with c copies, and the
+    tokens that are copies of each. Every row is there once, so that sums over copies have one order
+    on every device."""
     spans: tuple[Span, ...]
-    """The rows of each sequence that are its own and the prompt before them, for an attention that
-    reads a prompt where it stands."""
+    """Each sequence's own rows and the rows of its prompt, for an attention that reads prompts
+    without copies."""
 
     @classmethod
     def of(cls, sequences: Sequence[NDArray[np.int64]], device: torch.device) -> SharedRows:
-        """sequences: of each the rows of its tokens; its first ones may be those of an earlier one,
-        every other one is the next row."""
+        """sequences: the rows of each one's tokens; the first ones may be rows of an earlier
+        sequence, all others are the next rows in order."""
         rows_E = np.concatenate(sequences)
         first_R = np.unique(rows_E, return_index=True)[1]
         order = np.argsort(rows_E, kind="stable")
@@ -208,8 +208,8 @@ class _Spread(torch.autograd.Function):
 def over_sequences(
     shared: SharedRows | None, attend: Callable[..., Tensor], *rows: Tensor
 ) -> Tensor:
-    """`attend` of tensors [R, ...], which it gets as [E, ...] and of which it makes [E, ...]: its
-    result as [R, ...]. shared: None leaves all as it is."""
+    """Calls `attend`, which maps tensors [E, ...] to [E, ...], on tensors [R, ...]; returns
+    [R, ...]. With `shared` None it is a plain call."""
     if shared is None:
         return attend(*rows)
     answer = attend(*(_spread(each, shared) for each in rows))
@@ -222,8 +222,8 @@ def _spread(rows: Tensor, shared: SharedRows) -> Tensor:
 
 
 def share_in_attention(name: str) -> None:
-    """Makes the function behind this `attn_implementation` of transformers take the keyword
-    `shared`; without it it stays what it was."""
+    """Makes the function of this `attn_implementation` of transformers accept the keyword
+    `shared`; calls without it are unchanged."""
     from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

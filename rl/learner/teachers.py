@@ -23,7 +23,7 @@ from .policy import MicroBatchTensors, Policy, hidden_states
 from .shards import passes
 
 ROWS = 512
-"""Tokens whose logits a teacher makes at a time."""
+"""Tokens whose logits [ROWS, V] a teacher forms at a time."""
 
 
 class Teacher(Policy):
@@ -38,8 +38,8 @@ class Teacher(Policy):
         teaching: Teaching | None = None,
         compared: tuple[int, int] | None = None,
     ) -> Any:
-        """As a policy; or, of `compared` = (k, size of the student's vocabulary), [n, k] log-probs
-        and the entries they are of (None: all in order)."""
+        """`Policy.forward`; or, for `compared` = (k, size of the student's vocabulary), the k
+        highest log-probs [n, k] and their vocabulary ids [n, k] (None: all in order)."""
         if compared is None:
             return super().forward(micro, loss, shift_n, temperature, teaching)
         body = getattr(self.model, self.model.base_model_prefix)
@@ -70,9 +70,8 @@ def teaching(
     vocabulary: int,
     cut: Callable[[tuple[int, ...]], MicroBatchTensors],
 ) -> Teaching:
-    """The distributions that a micro-batch's loss tokens are compared with: each teacher passes its
-    own sequences, which `cut` makes a micro-batch of (none of them too, to keep step with other
-    ranks)."""
+    """The teachers' distributions for a micro-batch's loss tokens. Each teacher runs on its own
+    sequences, of which `cut` makes a micro-batch, also if it has none: its pass is a collective."""
     distill, index = objective.distill, micro.index_n
     assert batch.teacher_ids_T is not None and distill.loss != "policy_gradient"
     teacher_n = torch.from_numpy(batch.teacher_ids_T.astype(np.int64)).to(index.device)[index]
@@ -113,8 +112,8 @@ def sampled_logprobs(
     batch: Batch,
     look: Callable[[Batch, Teacher], NDArray[Any]],
 ) -> NDArray[Any]:
-    """[T] each loss token's log-prob by the teacher of its sequence, 0 where it has none; `look`
-    gives a batch's by one teacher."""
+    """Log-probs [T] of the loss tokens by their sequence's teacher, 0 where it has none; `look`
+    gives those of a batch by one teacher."""
     assert batch.teacher_ids_T is not None
     first = np.flatnonzero(np.diff(batch.sequence_ids_T, prepend=-1))
     teacher_S = batch.teacher_ids_T[first]

@@ -1,5 +1,5 @@
-"""A sharded model with its optimizer and learning-rate schedule: what is updated, saved and
-restored as one."""
+"""A sharded model with its optimizer and learning-rate schedule, updated, saved and restored as
+one."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def shard(
     offload: bool = False,
     keep: bool = False,
 ) -> None:
-    """Shards `parts`, then what is left of `module`, by FSDP2. Each part is moved to the device and
-    turned into `master` before its turn, so that no device ever holds the whole. Passes gather
-    parameters in `compute`, gradients are summed over ranks in `master`. With `offload` the shards
-    lie in host memory between passes; with `keep` what a pass gathered stays until it is resharded
-    (`set_reshard_after_backward`, `reshard`)."""
+    """Shards `parts`, then the rest of `module`, by FSDP2. Each part is moved to the device and
+    cast to `master` just before it is sharded, so that no device ever holds the whole. Passes
+    gather parameters in `compute`, gradients are summed over ranks in `master`. With `offload` the
+    shards are in host memory between passes; with `keep` gathered parameters stay until they are
+    resharded (`set_reshard_after_backward`, `reshard`)."""
     from torch.distributed.fsdp import (
         CPUOffloadPolicy,
         MixedPrecisionPolicy,
@@ -55,7 +55,9 @@ def shard(
             offload_policy=where,
             reshard_after_forward=not keep,
         )
+        # summed, not averaged: a token's weight holds the denominator of the whole step
         sharded.set_gradient_divide_factor(1.0)
+        # FSDP2 would otherwise ask for PREMUL_SUM, which Gloo does not have
         sharded.set_force_sum_reduction_for_comms(True)
 
 
@@ -79,8 +81,9 @@ class Trainable:
         self.scheduler = learning_rate(self.optimizer, optim, max(1, total_steps))
 
     def update(self, name: str) -> dict[str, float]:
-        """One optimizer step with the gradients at hand; its figures under `name`/. A gradient that
-        is not finite changes nothing and is counted: one bad batch must not destroy the weights."""
+        """One optimizer step with the accumulated gradients; returns its metrics under `name`/. A
+        gradient that is not finite changes nothing and is counted: one bad batch must not destroy
+        the weights."""
         norm = self.shards.take_gradients(self.optim.grad_clip)
         if math.isfinite(norm):
             self.optimizer.step()
@@ -96,12 +99,13 @@ class Trainable:
         }
 
     def skip(self, updates: int) -> None:
-        """Moves the learning-rate schedule on by updates that there was nothing to learn for."""
+        """Advances the learning-rate schedule by updates without a batch to train on."""
         for _ in range(updates):
             self.scheduler.step()
 
     def aside(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A copy of what `restore` reads: this rank's shards, and the schedule's position."""
+        """A copy of the state that `restore` reads: this rank's shards, and the schedule's
+        position."""
         state = checkpoint.aside(checkpoint.state_of(self.shards, self.optimizer))
         return state, checkpoint.position_of(self.shards, self.optimizer, self.scheduler)
 

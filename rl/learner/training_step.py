@@ -1,5 +1,5 @@
-"""The passes of one learner rank over its share of a batch, and what a training step makes of
-them: the gradient and the metrics of the policy, and of its critic.
+"""The passes of one learner rank over its share of a batch, and the gradients and metrics that a
+training step of the policy, and of its critic, forms of them.
 
 Gradients are summed (not averaged) over ranks in float32, since every token's weight already holds
 the denominator of the whole step.
@@ -36,15 +36,16 @@ from .teachers import Teacher, teaching
 @dataclass(kw_only=True, slots=True)
 class PassSize:
     tokens: int
-    """Of a pass, padding included."""
+    """Most tokens of a pass, padding included."""
     reduce_every_pass: bool = False
-    """Whether gradients are summed over ranks after each pass, not after the last: then none of
-    them waits whole, which for a large model is more than a device has."""
+    """Whether gradients are summed over ranks after every pass instead of after the last one: a
+    rank then keeps no unsharded gradients, which for a large model exceed a device's memory."""
 
 
 def pass_size(models: ModelLoader, policy: Policy, optim: OptimConfig) -> PassSize:
-    """`optim.micro_batch_tokens` as far as they are worth their room, or what fits; an architecture
-    whose need is not known gets the largest. A collective on accelerators and for `auto`."""
+    """The pass size for `optim.micro_batch_tokens`: on a CPU at most what `worth_keeping` allows,
+    and for `auto` what fits; the largest for an architecture whose memory is not known. A
+    collective on accelerators and for `auto`."""
     given = optim.micro_batch_tokens
     target, spec = models.platform, models.spec
     largest = given if isinstance(given, int) else memory.largest_pass(target)
@@ -83,7 +84,7 @@ def pass_size(models: ModelLoader, policy: Policy, optim: OptimConfig) -> PassSi
 
 
 class RankPasses:
-    """Runs any of the rank's models over a batch. Every rank makes as many passes as any other."""
+    """Runs any of the rank's models over a batch. Every rank runs the same number of passes."""
 
     def __init__(self, models: ModelLoader, size: PassSize) -> None:
         self.models = models
@@ -94,7 +95,8 @@ class RankPasses:
     def micro_batches(
         self, batch: Batch, module: Any, *, gradient: bool = True
     ) -> Iterator[MicroBatchTensors]:
-        """This rank's passes; gradients go over to the other ranks with the last one."""
+        """This rank's micro-batches; gradients are summed over ranks with the last one, or with
+        each if `reduce_every_pass`."""
         from torch.distributed.fsdp import FSDPModule
 
         models = self.models
@@ -110,7 +112,7 @@ class RankPasses:
                 yield self.tensors(batch, sequences)
 
     def plan(self, batch: Batch) -> list[list[MicroBatch]]:
-        """The passes of every rank."""
+        """The micro-batches of every rank."""
         models, budget = self.models, self.size.tokens
         if models.shares_prompts:
             copy = models.copied_prompt
@@ -139,7 +141,7 @@ class RankPasses:
     def per_token(
         self, batch: Batch, module: nn.Module, look: Callable[[MicroBatchTensors], Tensor]
     ) -> NDArray[Any]:
-        """[T] what `look` gives for each loss token (0 elsewhere) in the dtype of the master
+        """The result of `look` for each loss token, as [T] (0 elsewhere) in the dtype of the master
         weights, whole on every rank."""
         from torch.distributed.fsdp import FSDPModule
 
@@ -155,13 +157,13 @@ class RankPasses:
         return values_T.cpu().numpy()
 
     def logprobs(self, batch: Batch, policy: Policy, temperature: float) -> NDArray[Any]:
-        """[T] the policy's log-prob of every loss token, as `per_token`."""
+        """The policy's log-probs [T] of the loss tokens (`per_token`)."""
         return self.per_token(
             batch, policy, lambda micro: policy(micro, None, None, temperature)[1].logp
         )
 
     def on_device(self, row_T: NDArray[Any]) -> Tensor:
-        """A row of the batch, float64 in the dtype of sums."""
+        """A row [T] of the batch on the device; float64 becomes the dtype of sums."""
         row = torch.from_numpy(np.ascontiguousarray(row_T))
         return (row.to(self.sums) if row.dtype == torch.float64 else row).to(self.models.device)
 
@@ -181,7 +183,7 @@ def policy_backward(
     teachers: Sequence[Teacher] = (),
 ) -> tuple[float, dict[str, float], NDArray[Any] | None]:
     """Adds the gradient of the whole batch's loss to the parameters. Returns the loss, the metrics,
-    and for losses on samples [T] the policy's own log-probs."""
+    and for losses on samples the policy's own log-probs [T] (else None)."""
     device, sums = passes.models.device, passes.sums
     loss_function = token_loss(
         objective,
@@ -240,21 +242,22 @@ def critic_backward(
 
 
 class EngineMismatch:
-    """How far the engines' policy is from the old one, over the batches since the last update."""
+    """Metrics of the difference between the engines' policy and the old one, over the batches since
+    the last update."""
 
     def __init__(self) -> None:
         self._rows: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]] = []
-        """Of each batch: old and engine's log-probs, loss mask, sequence ids."""
+        """For each batch: old and engine's log-probs, loss mask, sequence ids, each [T]."""
         self._workers: list[NDArray[Any] | None] = []
 
     def add(self, batch: Batch, own_T: NDArray[Any]) -> None:
-        """own_T: the policy's log-probs, which are the old ones where the batch has none."""
+        """own_T: the policy's log-probs, taken as the old ones if the batch has none."""
         old_T = own_T if batch.old_logp_T is None else batch.old_logp_T
         self._rows.append((old_T, batch.behaviour_logp_T, batch.loss_mask_T, batch.sequence_ids_T))
         self._workers.append(batch.worker_ids_T)
 
     def take(self) -> dict[str, float]:
-        """The metrics of what was added, which is forgotten."""
+        """The metrics of all batches added since the last call."""
         rows, workers = self._rows, self._workers
         self._rows = []
         self._workers = []
@@ -270,10 +273,11 @@ class EngineMismatch:
 
 
 def token_means(sums: dict[str, float], batch: Batch, loss: BatchLoss) -> dict[str, float]:
-    """Metrics from their sums over the tokens of the passes. The terms of the loss are sums
-    already, but for the entropy, which sequences that were left out have too; the others are means
-    over the tokens that train. `actor/nonfinite_logp` and the clip fractions of a loss that cannot
-    clip tokens left out are shares of more than these."""
+    """Metrics from their sums over the tokens of the passes. Terms of the loss remain sums, except
+    that the entropy is scaled up to sequences that were left out of the passes. Other metrics are
+    means over the tokens that train; `actor/nonfinite_logp` is a share of all loss tokens of the
+    passes, and the clip fractions, for a loss that never clips tokens left out, include those in
+    the denominator."""
     passed = max(1, int(batch.loss_mask_T.sum()))
     counted = sums.pop(COUNTED, 0.0) or float(passed)
     every = counted + batch.num_loss_tokens - passed if loss.clips_by_advantage else counted

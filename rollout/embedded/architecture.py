@@ -44,7 +44,8 @@ class Architecture:
 
 
 def read_architecture(path: Path) -> Architecture:
-    """Reads `path`/config.json; ValueError names what this decoder cannot do."""
+    """The architecture in `path`/config.json. Raises ValueError for one that this decoder does not
+    support, or without that file."""
     file = path / "config.json"
     if not file.exists():
         raise ValueError(f"{path} is no Hugging Face model directory: it has no config.json")
@@ -52,8 +53,8 @@ def read_architecture(path: Path) -> Architecture:
 
 
 def parse_architecture(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
-    """The fields of a config.json, of transformers 4 (`rope_theta`, `rope_scaling`) or 5
-    (`rope_parameters`)."""
+    """The architecture in a parsed config.json of transformers 4 (`rope_theta`, `rope_scaling`) or
+    5 (`rope_parameters`). Raises ValueError for one that this decoder does not support."""
     names = config.get("architectures") or ["(none)"]
     family = FAMILIES.get(names[0])
     if family is None:
@@ -74,6 +75,7 @@ def parse_architecture(config: Mapping[str, Any], where: str = "config.json") ->
         num_layers=config["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
+        # 128 is the default of transformers' Qwen3Config
         head_dim=config.get("head_dim")
         or (128 if family == "qwen3" else config["hidden_size"] // heads),
         norm_eps=config.get("rms_norm_eps", 1e-6),

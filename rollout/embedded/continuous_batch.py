@@ -101,9 +101,9 @@ class ContinuousBatch:
         deliver: Deliver,
         begun: Sequence[Completion] = (),
     ) -> None:
-        """Queues n samples, or, of a group whose beginnings are there already, these; `deliver` is
-        called with each as it ends, within `step`. A beginning keeps its tokens, log-probs and
-        spans, and its next draws are those that it would have had."""
+        """Queues n samples, or instead the partial completions `begun` to go on from; `deliver` is
+        called with each as it ends, within `step`. A partial completion keeps its tokens, log-probs
+        and spans, and its next draws are those that it would have had."""
         self.check(prompt, n, sampling)
         stop = self._stop_strings.matcher(sampling.stop)
         if not begun:
@@ -115,7 +115,7 @@ class ContinuousBatch:
             )
 
     def check(self, prompt: Prompt, n: int, sampling: Sampling) -> None:
-        """ValueError if such a request could not be served."""
+        """Raises ValueError for a request that cannot be served."""
         vocab_size = self.decoder.arch.vocab_size
         check_request(prompt, n, sampling, max_model_len=self.max_model_len, vocab_size=vocab_size)
         self._stop_strings.matcher(sampling.stop)
@@ -145,8 +145,8 @@ class ContinuousBatch:
         return self.decoder.logits(self.decoder.forward(ids, positions, self._cache.attend))
 
     def weights_changed(self, version: int) -> None:
-        """From here on tokens are of `version`. Sequences keep the keys and values of the weights
-        that made them."""
+        """Attributes tokens from here on to `version`. Running sequences keep the keys and values
+        of the old weights; prompts that wait are computed anew."""
         for slot, sequence in enumerate(self._active):
             start = sequence.spans[-1].stop if sequence.spans else 0
             count = self._count(slot)
@@ -158,8 +158,8 @@ class ContinuousBatch:
 
     @torch.inference_mode()
     def abort(self, select: Callable[[Prompt, Deliver], bool]) -> list[Completion]:
-        """Ends every sample of the selected requests; delivers and returns them as far as they
-        got."""
+        """Ends every sample of the selected requests; delivers and returns the partial
+        completions."""
 
         def hit(request: WaitingRequest) -> bool:
             return select(request.prompt, request.deliver)
@@ -178,7 +178,7 @@ class ContinuousBatch:
         return partial
 
     def so_far(self) -> list[Completion]:
-        """The samples in slots as far as they got."""
+        """Partial completions of the samples in slots."""
         return [self._completion(slot, "abort") for slot in range(len(self._active))]
 
     def _admit(self) -> None:
@@ -319,7 +319,7 @@ class ContinuousBatch:
             self._free(slots)
 
     def _complete_stop_strings(self, start: int, tokens: Sequence[int]) -> list[bool]:
-        """Of the newest tokens, those of slots start, start + 1, ...: whether each completes a stop
+        """Whether each of the newest tokens, of slots start, start + 1, ..., completes a stop
         string."""
         ended = []
         for sequence, token in zip(self._active[start:], tokens, strict=True):
@@ -330,7 +330,7 @@ class ContinuousBatch:
         return ended
 
     def _note_settings(self) -> None:
-        """Which settings the sequences in slots use."""
+        """Records which sampling settings the sequences in slots use."""
         used = {sequence.request.sampling for sequence in self._active}
         self._sampling.note(used)
         self._any_stop_string = any(sampling.stop for sampling in used)
@@ -357,7 +357,8 @@ class ContinuousBatch:
         )
 
     def _free(self, slots: list[int]) -> None:
-        """Closes the gaps with the last slots in use."""
+        """Frees these slots, and moves the last slots in use into the gaps."""
+        # from the highest down, so that the slot that moves is never one still to be freed
         for slot in sorted(slots, reverse=True):
             last = len(self._active) - 1
             if slot != last:

@@ -26,17 +26,17 @@ from .model import Decoder
 from .sampling import SlotSampling
 
 SHARED_WORK = 1 << 18
-"""Elements of a pass above which threads share its rows: waking one takes as long as a quarter of
-that."""
+"""Elements of a pass above which threads share its rows: waking a thread takes as long as a quarter
+of that."""
 
 
 def supports(decoder: Decoder) -> bool:
-    """Whether this way of decoding knows the decoder's device and element type."""
+    """Whether `CPUStep` supports the decoder's device and dtype."""
     return decoder.device.type == "cpu" and decoder.dtype in (torch.bfloat16, torch.float32)
 
 
 def as_array(tensor: Tensor) -> NDArray[Any]:
-    """The tensor's memory as the operations take it: bfloat16 as uint16."""
+    """The tensor's memory as a numpy array, bfloat16 as uint16."""
     bits = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
     array: NDArray[Any] = bits.numpy()
     return array
@@ -111,8 +111,8 @@ class CPUStep:
     def draw(
         self, logits: Tensor, uniform: Tensor, settings: SlotSampling
     ) -> tuple[Tensor, Tensor]:
-        """As `sampling.sample`, where nothing is cut from the distribution: logits [n, V] of any
-        row stride 1."""
+        """`sampling.sample` for settings without min-p, top-k and top-p; logits [n, V] with
+        contiguous rows."""
         n = len(logits)
         tokens, logprobs = np.empty(n, np.int64), np.empty(n, np.float32)
         self._share(
@@ -129,8 +129,8 @@ class CPUStep:
         return torch.from_numpy(tokens), torch.from_numpy(logprobs)
 
     def _share(self, function: Callable[..., None], n: int, work: int, *arguments: Any) -> None:
-        """Calls `function` on rows 0..n-1, on several threads where the work of `work` elements is
-        worth it. No row's result depends on that."""
+        """Calls `function` on rows 0..n-1, by several threads if it has more than `SHARED_WORK`
+        elements of `work`. Each row's result is the same either way."""
         parts = min(self._threads, n) if work > SHARED_WORK else 1
         edges = [n * part // parts for part in range(parts + 1)]
         others = [

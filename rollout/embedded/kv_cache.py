@@ -66,6 +66,7 @@ class KVCache:
         """Makes room for sequences of `longest` tokens, keeping n slots; gives room back where much
         more is held."""
         width = _rounded(longest)
+        # narrower only by several steps: every change of the width copies the cache
         if self.width < width or self.width >= width + 4 * STEP:
             kept = min(width, self.width)
             held = [tensor[:n, :, :kept].clone() for tensor in (*self.keys, *self.values)]
@@ -76,9 +77,9 @@ class KVCache:
     def _use(self, width: int) -> None:
         self.width = width
         size = self._rows.numel() * self._shape[1] * self._shape[3] * width
-        self.keys, self.values = (
-            [flat[:size].view(self._shape) for flat in half] for half in self._storage
-        )
+        keys, values = self._storage
+        self.keys = [flat[:size].view(self._shape) for flat in keys]
+        self.values = [flat[:size].view(self._shape) for flat in values]
 
     def fill(self, start: int, stop: int, prompt: PromptState) -> None:
         """Copies a prompt into slots start..stop-1; it must fit."""
@@ -124,9 +125,9 @@ class KVCache:
 
 
 def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[size] zeros. In a CPU's memory they are taken page by page as they are written to, so that
-    room for the longest sequences costs nothing before there are any: numpy asks the system for
-    empty pages, where torch writes zeros to all of them."""
+    """[size] zeros. On a CPU the system allocates their pages at the first write, so that room for
+    the longest sequences costs nothing before there are any: numpy asks for zero pages, whereas
+    torch writes zeros to all of them."""
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)
     pages = np.zeros(size * dtype.itemsize + ALIGNED, np.uint8)
@@ -152,15 +153,15 @@ class WaitingRequest:
     deliver: Deliver
     stop: StopMatcher | None = None
     begun: Completion | None = None
-    """The beginning that the only sample of this request has already."""
+    """The partial completion from which this request's only sample goes on."""
     placed: int = 0
-    """Samples that were given a slot."""
+    """Number of samples that were given a slot."""
     state: PromptState | None = None
     """The prefilled tokens, kept until the last sample is admitted or the weights change."""
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """The tokens that are prefilled: the prompt, and what was decoded before."""
+        """The tokens to prefill: the prompt, and those of the partial completion."""
         return self.prompt.token_ids + (
             () if self.begun is None else tuple(self.begun.token_ids.tolist())
         )
@@ -180,7 +181,7 @@ class ActiveSequence:
     spans: list[Span] = field(default_factory=list)
     """Tokens of earlier weight versions."""
     tail: bytes | None = b""
-    """The state of its stop strings."""
+    """The state of its `StopMatcher`; None after a complete stop string."""
 
 
 @dataclass(slots=True)
@@ -194,7 +195,7 @@ class Counters:
 
 
 def unstarted(prompt_id: str, index: int) -> Completion:
-    """Of a sample that was aborted before its first token."""
+    """The completion, without tokens, of a sample that was aborted before its first token."""
     now = time.time()
     return Completion(
         prompt_id=prompt_id,

@@ -1,4 +1,4 @@
-"""A weight matrix as it is held, and as it is multiplied."""
+"""A weight matrix, and oneDNN's packed copy of it by which products are made."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from . import packed as onednn
 
 
 class Matrix:
-    """x -> x W^T + b. On a CPU with oneDNN the product reads a copy of W in the layout of its
-    matrix units, which otherwise would be made anew for every product: of a small batch that is
-    most of the time."""
+    """A linear map x -> x W^T + b. On a CPU with oneDNN the product reads a copy of W in the layout
+    of the matrix units; oneDNN otherwise makes that copy for every product, which takes most of the
+    time of a small batch."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """weight [out, in], bias [out]; both may be overwritten in place, `pack` afterwards."""
+        """weight [out, in], bias [out]; both may be overwritten in place if `pack` follows."""
         self.weight = weight
         self.bias = bias
         self._packed: Tensor | None = None
         self._version = -1
-        self._told: bool | None = None  # whether the copy lies as its layout says
+        self._told: bool | None = None  # whether the copy has the layout of `onednn.layout`
         self._packs = weight.device.type == "cpu" and packable(weight.dtype)
 
     def pack(self) -> None:
-        """Makes the product read what `weight` holds now. The copy is proved to hold the same
-        bytes: digests are taken of `weight`."""
+        """Makes a new copy if `weight` has changed. Raises RuntimeError unless the copy has the
+        same bytes: digests, which are taken of `weight`, must hold for what is multiplied."""
         if not self._packs or self._version == self.weight._version:
             return
         self._packed = None  # frees its memory before the next one takes as much
@@ -48,8 +48,8 @@ class Matrix:
         return torch.equal(self._packed.to_dense().view(torch.uint8), self.weight.view(torch.uint8))
 
     def places(self, first_row: int, rows: int) -> list[Place] | None:
-        """Where the copy that is multiplied has these rows; none if there is no copy, None if that
-        cannot be told: then `repack` after writing to `weight`."""
+        """The `Place` of these rows within the copy: [] if there is no copy, None if the copy's
+        layout is unknown, in which case `repack` is needed after writing to `weight`."""
         if self._packed is None:
             return []
         if self._told is None:
@@ -60,7 +60,7 @@ class Matrix:
         return None if place is None else [place]
 
     def repack(self) -> None:
-        """`pack`, after a write that torch does not know of."""
+        """`pack` after a write past torch, which did not increase the tensor's version."""
         self._version = -1
         self.pack()
 
@@ -77,8 +77,8 @@ class Matrix:
 
 @cache
 def packable(dtype: torch.dtype) -> bool:
-    """Whether this build of torch multiplies packed matrices of `dtype`. Its compiler makes use of
-    these operators, but no document promises them: they are tried on a small matrix."""
+    """Whether this build of torch multiplies packed matrices of `dtype`. The operators are those
+    that torch.compile uses, but undocumented, so they are tried on a small matrix."""
     if dtype not in (torch.bfloat16, torch.float32):
         return False
     weight, x = torch.eye(16, 32, dtype=dtype), torch.arange(64, dtype=dtype).view(2, 32)

@@ -36,7 +36,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 and what is cached."""
 
 AUDIT = 32
-"""Updates in which every copy of a matrix is compared once."""
+"""Number of updates over which every packed copy is compared with its weights once."""
 DTYPE_NAMES = {dtype: dtype_name(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)}
 
 
@@ -106,9 +106,11 @@ class Decoder:
         self.norm = torch.empty(arch.hidden_size, dtype=dtype, device=self.device)
         self.head = Matrix(self.embedding if arch.tied else torch.empty_like(self.embedding))
         self.weights: Mapping[str, Tensor] = dict(self._named())
-        self._cos, self._sin = self._rope_tables(0)
+        cos, sin = self._rope_tables(0)
+        self._cos = cos
+        self._sin = sin
         self.packings = 0
-        """How often `pack` was called."""
+        """Number of calls of `pack`."""
 
     @classmethod
     def from_directory(
@@ -142,8 +144,8 @@ class Decoder:
         return decoder
 
     def check(self, name: str, tensor: TensorBytes | TensorChange) -> None:
-        """ValueError unless `tensor` can become the tensor that Hugging Face calls `name`, and if
-        it comes whole has as many bytes."""
+        """Raises ValueError unless `tensor` has the dtype and shape of the weight that Hugging Face
+        calls `name`, and, if it is a whole tensor, that many bytes."""
         held = self.weights.get(name)
         if held is None:
             raise ValueError(f"{name} is not a tensor of this {self.arch.family} model")
@@ -157,19 +159,19 @@ class Decoder:
 
     @property
     def matrices(self) -> Iterator[Matrix]:
-        """All that activations are multiplied by."""
+        """Every weight matrix that activations are multiplied by."""
         yield self.head
         for layer in self.layers:
             yield from (layer.qkv, layer.out, layer.gate_up, layer.down)
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, the tensor that a pass reads now), as its layers have them."""
+        """(name, tensor that a forward pass reads), also of a tied head."""
         yield from self._named()
         if self.arch.tied:
             yield "lm_head.weight", self.head.weight
 
     def pack(self) -> None:
-        """Lays out anew what `load` changed; needed before the next pass."""
+        """Packs the matrices that `load` changed; needed before the next pass."""
         self.packings += 1
         for matrix in self.matrices:
             matrix.pack()
@@ -184,9 +186,9 @@ class Decoder:
         held.view(-1).view(torch.uint8).copy_(torch.from_numpy(data.reshape(-1)))
 
     def places(self, name: str) -> tuple[list[Place], list[Matrix]]:
-        """Everywhere that this tensor lies, and the matrices whose copies have to be packed anew
-        because nobody can tell where it lies in them. Valid until the next `pack`.
-        DigestMismatchError if such a copy is not of what is held."""
+        """Every place where this tensor is stored, and the matrices whose copies must be packed
+        anew after a write because their layout is unknown. Valid until the next `pack`.
+        Raises DigestMismatchError if such a copy differs from the held weights."""
         held = self.weights[name]
         places, stale = [plain(held, held.shape)], []
         for matrix in self.matrices if held.dim() == 2 else ():
@@ -202,8 +204,8 @@ class Decoder:
         return places, stale
 
     def audit(self, number: int) -> None:
-        """Whether copies that are multiplied are of what is held: of one of `AUDIT` parts of them,
-        which `number` chooses. DigestMismatchError with a tensor's name."""
+        """Compares one of `AUDIT` parts of the packed copies, chosen by `number`, with the held
+        weights. Raises DigestMismatchError, with a tensor's name, if one differs."""
         for matrix in list(self.matrices)[number % AUDIT :: AUDIT]:
             where = matrix.weight.untyped_storage().data_ptr()
             lies = (n for n, t in self.weights.items() if t.untyped_storage().data_ptr() == where)
@@ -233,7 +235,9 @@ class Decoder:
     def reserve(self, max_len: int) -> None:
         """Makes positions 0..max_len-1 usable."""
         if max_len > len(self._cos):
-            self._cos, self._sin = self._rope_tables(max_len)
+            cos, sin = self._rope_tables(max_len)
+            self._cos = cos
+            self._sin = sin
 
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """ids, positions [N] int64 -> final hidden states [N, E], normalised. Positions must be

@@ -1,9 +1,9 @@
-"""oneDNN's copies of weight matrices, and where each element lies in them.
+"""oneDNN's packed copies of weight matrices, and the offset of each element in them.
 
-The layout is oneDNN's choice for a shape and a dtype, and opaque. It is learnt by packing matrices
-whose first row and first column are numbered: such layouts deal rows and columns into blocks, each
-by itself, so element (r, c) lies at rows[r] + columns[c]. That is checked on every matrix that is
-packed; one that lies otherwise is packed anew as a whole when it changes.
+The layout is oneDNN's choice for a shape and a dtype, and opaque. It is found by packing matrices
+whose first row and first column are numbered: such layouts divide rows and columns into blocks
+independently, so element (r, c) has the offset rows[r] + columns[c]. That is checked for every
+packed matrix; one with another layout is packed anew as a whole when it changes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..weights.in_place import INTEGERS, Place
 
 ROWS = 64
-"""Rows of a product that the layout is chosen for; any number may come."""
+"""Batch size for which oneDNN chooses the layout; products of other sizes work, too."""
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def memory(packed: Tensor) -> Tensor:
-    """[n] the integers of a copy as they lie, to be written to while `packed` lives."""
+    """The copy's memory [n] as integers of its element size, writable while `packed` lives."""
     size = int(torch.ops.mkldnn._nbytes(packed))
     address = int(torch.ops.mkldnn.data_ptr(packed))
     raw = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
@@ -38,11 +38,11 @@ def memory(packed: Tensor) -> Tensor:
 
 
 def place(packed: Tensor, weight: Tensor, *, first_row: int, rows: int) -> Place | None:
-    """Where these rows of `weight` lie in its copy; None where that cannot be told."""
-    found = layout(tuple(weight.shape), weight.dtype)
-    if found is None:
+    """The `Place` of these rows of `weight` in its packed copy; None if the layout is unknown."""
+    offsets = layout(tuple(weight.shape), weight.dtype)
+    if offsets is None:
         return None
-    down, right = found
+    down, right = offsets
     return Place(
         memory=memory(packed),
         rows=down[first_row : first_row + rows],
@@ -54,8 +54,8 @@ def place(packed: Tensor, weight: Tensor, *, first_row: int, rows: int) -> Place
 
 @cache
 def layout(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """([rows] int64, [columns] int64) of a matrix's copy; None where that is not its form, or this
-    build of torch does not say where the copy lies."""
+    """Offsets ([rows] int64, [columns] int64) whose sum is an element's offset in a matrix's copy;
+    None if the layout is no such sum, or this build of torch does not give the copy's address."""
     if not all(hasattr(torch.ops.mkldnn, name) for name in ("data_ptr", "_nbytes")):
         return None
     rows, columns = shape
@@ -85,12 +85,12 @@ def layout(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor] 
 
 
 def lies_as_told(packed: Tensor, weight: Tensor) -> bool:
-    """Whether every element of a matrix is where `layout` says, bit for bit."""
-    found = layout(tuple(weight.shape), weight.dtype)
-    if found is None:
+    """Whether the copy has every element of `weight`, bit for bit, where `layout` says."""
+    offsets = layout(tuple(weight.shape), weight.dtype)
+    if offsets is None:
         return False
     lies, integers = memory(packed), INTEGERS[weight.element_size()]
-    down, right = found
+    down, right = offsets
     held = weight.view(integers)
     return all(
         torch.equal(lies[down[at : at + 256, None] + right], held[at : at + 256])

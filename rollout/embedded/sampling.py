@@ -1,5 +1,5 @@
-"""Draws tokens: the distribution that is really sampled, its log-probs, and uniforms that depend on
-nothing else.
+"""Sampling of tokens: the distribution after all sampling parameters, log-probs under it, and
+uniform draws that depend on seed, prompt, sample and position alone.
 
 Shape legend: n sequences, V vocabulary.
 """
@@ -21,7 +21,7 @@ from ..samples import Prompt, Sampling
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """ValueError names the first value that cannot be served."""
+    """Raises ValueError for the first value that cannot be served."""
     if sampling.max_tokens < 1:
         raise ValueError(f"sampling.max_tokens={sampling.max_tokens}: at least 1 token is needed")
     if not sampling.temperature >= 0:
@@ -50,8 +50,8 @@ def check_sampling(sampling: Sampling) -> None:
 def check_request(
     prompt: Prompt, n: int, sampling: Sampling, *, max_model_len: int, vocab_size: int
 ) -> None:
-    """ValueError if an engine of this length and vocabulary could not serve n samples of
-    `prompt`."""
+    """Raises ValueError if an engine with this maximum length and vocabulary cannot serve n samples
+    of `prompt`."""
     check_sampling(sampling)
     if n < 1:
         raise ValueError(f"prompt {prompt.id}: n={n}, at least one sample is needed")
@@ -71,7 +71,7 @@ def check_request(
 
 
 def stream_key(seed: int, prompt_id: str, sample: int) -> int:
-    """64 bits that stand for one sample's stream of draws."""
+    """The 64-bit key of one sample's stream of draws."""
     return xxhash.xxh3_64_intdigest(f"{seed}/{sample}/{prompt_id}".encode())
 
 
@@ -94,8 +94,8 @@ def uniforms(keys: NDArray[np.uint64], start: int, stop: int) -> NDArray[np.floa
 
 @dataclass(slots=True, kw_only=True)
 class SlotSampling:
-    """Per-sequence settings as tensors, and which of them any sequence uses (so that the others
-    cost nothing)."""
+    """Per-sequence sampling parameters as tensors, and whether any sequence uses each of them
+    (those unused cost nothing)."""
 
     temperature: Tensor
     """[n] 1 where greedy."""
@@ -141,7 +141,7 @@ class SlotSampling:
             held[target] = held[source]
 
     def note(self, used: Iterable[Sampling]) -> None:
-        """Says which settings are in the slots in use."""
+        """Records which parameters the sequences in use have set."""
         settings = set(used)
         self.any_temperature = any(s.temperature not in (0, 1) for s in settings)
         self.any_greedy = any(s.temperature == 0 for s in settings)
@@ -173,6 +173,7 @@ def sample(logits: Tensor, uniform: Tensor, settings: SlotSampling) -> tuple[Ten
     logp = torch.log_softmax(logits, -1)
     drawn = _cut(logp, settings) if settings.any_cut else logp
     mass = drawn.exp().cumsum(-1, dtype=torch.float64)
+    # the last sum is 1 up to rounding only, and a draw above it would be no token
     tokens = torch.searchsorted(mass, (uniform * mass[:, -1])[:, None], right=True)
     if settings.any_greedy:
         greedy = settings.greedy[:, None]
@@ -182,16 +183,16 @@ def sample(logits: Tensor, uniform: Tensor, settings: SlotSampling) -> tuple[Ten
 
 
 def penalised(logits: Tensor, seen: Tensor, settings: SlotSampling) -> Tensor:
-    """logits [n, V] with the repetition penalty of the tokens that are `seen` [n, V], in the
-    temperature's dtype."""
+    """Logits [n, V], in the temperature's dtype, with the repetition penalty applied to the tokens
+    of the mask `seen` [n, V]."""
     logits = logits.to(settings.temperature.dtype)
     penalty = settings.penalty[:, None]
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def _cut(logp: Tensor, settings: SlotSampling) -> Tensor:
-    """Of the tokens that have min_p of the likeliest one's probability keeps the top_k likeliest,
-    of these the fewest whose mass reaches top_p, and renormalises."""
+    """Log-probs [n, V] after min-p, top-k and top-p in this order, renormalised; -inf for a token
+    that is excluded. Top-p keeps the fewest of the likeliest tokens whose mass reaches it."""
     top_p = settings.top_p
     ordered, order = logp.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logp.shape[1], device=logp.device)

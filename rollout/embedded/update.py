@@ -1,10 +1,10 @@
-"""One update of a decoder's weights: all that can be checked and found while the old ones decode,
-and the writing, for which decoding stands still.
+"""One update of a decoder's weights: checks and the search for the places to write, which run while
+the old weights decode, and the write, for which decoding pauses.
 
-What came whole is proved by digest once it lies there. What came as positions and values was proved
-by the digest of the tensor that it gives when it was found; here it is written only where what it
-was made for lies, bit for bit, in each copy of the tensor, and read back before a token is decoded
-with it. What does not change is proved by digest beforehand.
+Whole tensors are verified by digest after they are written. Changes (positions and values) are
+verified beforehand by the digest of the tensor that they give; the write requires the expected old
+bytes at every position of every copy, and reads the new ones back before a token is decoded with
+them. Tensors without a change are verified by digest beforehand.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from .model import Decoder
 
 
 class Update:
-    """Made beside what is served; written at a token boundary."""
+    """A verified update, made while the old weights are served, and written at a token boundary."""
 
     def __init__(self, decoder: Decoder, patch: WeightPatch, threads: int = 1) -> None:
-        """Finds all that can be wrong with what came, and with what is held, and where to write.
+        """Checks the patch and the held weights, and finds the places to write.
 
-        threads: that write. ValueError: what is not of this model. CorruptPatchError:
-        `changes.check`. DigestMismatchError: it would not give what the learners hold, or what is
-        multiplied is not what is held (`Decoder.audit`).
+        threads: number of threads that write. Raises ValueError for a tensor that does not fit the
+        model; CorruptPatchError as `changes.check` does; DigestMismatchError if the result would
+        differ from the learners' weights, or a packed copy differs from the held ones
+        (`Decoder.audit`).
         """
         self._decoder = decoder
         self._patch = patch
@@ -37,7 +38,7 @@ class Update:
         check_names(patch, decoder.weights)
         self._find()
         kept = decoder.weights.keys() - patch.tensors.keys() - patch.changes.keys()
-        arrived = {name: found for name, found in patch.digests.items() if name not in kept}
+        arrived = {name: proved for name, proved in patch.digests.items() if name not in kept}
         if not patch.verified:
             arrived = {name: digest(tensor.data) for name, tensor in patch.tensors.items()} | {
                 name: digest(patched(decoder.tensor_bytes(name), change).data)
@@ -48,19 +49,19 @@ class Update:
             decoder.audit(patch.version)
 
     def _find(self) -> None:
-        """Where to write."""
+        """Finds every place of the changed elements, and the matrices to pack anew."""
         self._found_at = self._decoder.packings
         self._stale: list[Matrix] = []
-        found = []
+        located = []
         for name, change in self._patch.changes.items():
             places, stale = self._decoder.places(name)
-            found.append((name, change, places))
+            located.append((name, change, places))
             self._stale += [matrix for matrix in stale if matrix not in self._stale]
-        self._writing = Writing(found, self._threads)
+        self._writing = Writing(located, self._threads)
 
     def write(self) -> None:
-        """Nothing may be decoded meanwhile. DigestMismatchError: what lies there is not what it has
-        to be, before or after."""
+        """Writes the update; nothing may be decoded meanwhile. Raises DigestMismatchError if the
+        bytes there are not the expected ones, before or after."""
         if self._decoder.packings != self._found_at:  # copies were made anew meanwhile
             self._find()
         self._writing.write()

@@ -1,4 +1,4 @@
-"""The version that an embedded engine serves: what may come next, and the change to it."""
+"""The version that an embedded engine serves, the check of the next one, and the change to it."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ from .update import Update
 
 
 class ServedVersion:
-    """Of one engine. What changes it is called between two steps of the batch."""
+    """The served version of one engine. Methods that change it run between two steps of the
+    batch."""
 
     def __init__(self, batch: ContinuousBatch, run_id: str, threads: int) -> None:
-        """threads: that write updates."""
+        """threads: number of threads that write updates."""
         self._batch = batch
         self._decoder = batch.decoder
         self._threads = threads
         self.run_id = run_id
         self.corrupt: str | None = None
-        """Why nothing is served."""
+        """The reason why nothing is served; None while weights are."""
         self.pause_s = 0.0
-        """Seconds for which decoding stood still at the last update."""
+        """Seconds for which the last update paused decoding."""
         self._held: Weights | None = None
         self._canary: Canary | None = None
         self._places = self._where()
@@ -50,7 +51,7 @@ class ServedVersion:
 
     @property
     def held(self) -> Weights | None:
-        """As of `Engine`."""
+        """`Engine.held`; None while a canary is loaded."""
         return None if self._canary is not None else self._held
 
     def check_serving(self) -> None:
@@ -58,8 +59,8 @@ class ServedVersion:
             raise DigestMismatchError(f"the embedded engine serves nothing: {self.corrupt}")
 
     def check(self, patch: WeightPatch) -> Update | None:
-        """Beside decoding; None if there is nothing to do. Whatever this refuses has changed
-        nothing."""
+        """The verified update, made while decoding goes on; None if its version is served already.
+        An error leaves everything as it was."""
         if not self._is_new(patch):
             return None
         check_base(patch, None if self._held is None else self._held.root)
@@ -67,13 +68,14 @@ class ServedVersion:
         return Update(self._decoder, patch, self._threads)
 
     def apply(self, patch: WeightPatch, update: Update | None) -> None:
-        """All that decoding waits for."""
+        """Writes the update, for which decoding waits."""
         if update is None or not self._is_new(patch):
             verify(self._decoder.digests(), patch)
             return
         self._check_in_place(patch.version)
         start = time.perf_counter()
-        held, self._held = self._held, None
+        held = self._held
+        self._held = None
         try:
             update.write()
         except BaseException as error:  # not before: what is asked meanwhile waits for the update
@@ -94,13 +96,14 @@ class ServedVersion:
         self.pause_s = time.perf_counter() - start
 
     def _is_intact(self, held: Weights) -> bool:
-        """Whether all that is held and multiplied is what was proved."""
+        """Whether the held weights and their packed copies are still the verified ones."""
         copies = all(matrix.intact() for matrix in self._decoder.matrices)
         return copies and self._decoder.digests() == held.digests
 
     def load_canary(self, canary: Canary | None) -> None:
-        """As of `Engine.canary`. There some tensors are written in place and the others come whole,
-        back all come whole: what decodes is reached both ways, or it shows."""
+        """`Engine.canary`. To load one, some tensors are written in place and the others whole; to
+        take it back, all are written whole. A write of either kind that did not reach the weights
+        that decode would show."""
         change, held = canary or self._canary, self._held
         if change is None:
             return
@@ -109,7 +112,7 @@ class ServedVersion:
         back = canary is None
         self._check_in_place(self.version)
         try:
-            # which compares copies that nobody has looked at yet with what they are of
+            # also compares packed copies with the weights, if that was not done yet
             written = [] if back else self._written_in_place(change)
             for name in self._decoder.weights.keys() - set(written):
                 before = self._decoder.tensor_bytes(name)
@@ -140,23 +143,24 @@ class ServedVersion:
             Writing([(name, change, places)], self._threads).write()
 
     def _is_new(self, patch: WeightPatch) -> bool:
-        """Whether it has to be loaded; VersionError if it may not come now."""
+        """Whether the patch has to be loaded. Raises VersionError if it may not come now."""
         if self._canary is not None:
             raise VersionError("a canary is being decoded")
         return is_next(patch, self.run_id, self.version, served=self.corrupt is None)
 
     def _where(self) -> dict[str, tuple[Any, ...]]:
-        """Of what is written and of what passes read, which has to be the same memory."""
+        """name -> (address, shape, stride) of the tensor that updates write and of the one that
+        passes read, which must be the same memory."""
         written, read = self._decoder.weights.items(), self._decoder.read()
-        found: dict[str, tuple[Any, ...]] = {}
+        places: dict[str, tuple[Any, ...]] = {}
         for name, tensor in itertools.chain(written, read):
             place = tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
-            found[name] = (*found.get(name, ()), place)
-        return found
+            places[name] = (*places.get(name, ()), place)
+        return places
 
     def _check_in_place(self, version: int) -> None:
-        """MovedError if a tensor lies elsewhere than at the start: decoding reads what was there
-        then."""
+        """Raises MovedError if a tensor was reallocated since the start: decoding still reads the
+        old memory."""
         now = self._where()
         for name, place in self._places.items():
             if now.get(name) != place:
