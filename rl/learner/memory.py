@@ -110,6 +110,21 @@ def fits(needed: Need, free: int) -> bool:
     return needed.of_pass(SMALLEST, SMALLEST) <= int(free * SPARE)
 
 
+def check_longest(needed: Need, room: int, longest: int) -> None:
+    """Raises ValueError if a pass of one sequence of `longest` tokens takes more than `room`
+    bytes."""
+    if needed.of_pass(longest, longest) > room:
+        gib = 2**30
+        raise ValueError(
+            f"an update needs about {needed.of_pass(longest, longest) / gib:.1f} GiB"
+            f" ({needed.state / gib:.1f} of them weights, gradients and AdamW's moments) with one"
+            f" sequence of {longest} tokens, but {room / gib:.1f} GiB of what is free on this"
+            " learner's device may be planned with; set"
+            " model.gradient_checkpointing: true, train adapters (model.lora), shorten"
+            " rollout.max_response_length, or give more devices (cluster.learners)"
+        )
+
+
 def tokens_that_fit(needed: Need, free: int, *, longest: int, largest: int) -> int:
     """Tokens of a pass, at most `largest`, in whole multiples of `SMALLEST`; `longest` is the
     longest sequence's.
@@ -118,16 +133,7 @@ def tokens_that_fit(needed: Need, free: int, *, longest: int, largest: int) -> i
         ValueError: not even one sequence of the longest fits.
     """
     room = int(free * SPARE)
-    if needed.of_pass(longest, longest) > room:
-        gib = 2**30
-        raise ValueError(
-            f"an update needs about {needed.of_pass(longest, longest) / gib:.1f} GiB"
-            f" ({needed.state / gib:.1f} of them weights, gradients and AdamW's moments) with one"
-            f" sequence of {longest} tokens, but {room / gib:.1f} GiB may be planned with"
-            f" ({SPARE:.0%} of what is free on this learner's device); set"
-            " model.gradient_checkpointing: true, train adapters (model.lora), shorten"
-            " rollout.max_response_length, or give more devices (cluster.learners)"
-        )
+    check_longest(needed, room, longest)
     fitting = (room - needed.state - needed.loss) // (needed.token + needed.square * longest)
     return max(SMALLEST, min(largest, fitting) // SMALLEST * SMALLEST)
 

@@ -45,7 +45,7 @@ class PassSize:
 def pass_size(models: ModelLoader, policy: Policy, optim: OptimConfig) -> PassSize:
     """The pass size for `optim.micro_batch_tokens`: on a CPU at most what `worth_keeping` allows,
     and for `auto` what fits; the largest for an architecture whose memory is not known. A
-    collective on accelerators and for `auto`."""
+    collective. Raises ValueError if the run's longest sequence does not fit."""
     given = optim.micro_batch_tokens
     target, spec = models.platform, models.spec
     largest = given if isinstance(given, int) else memory.largest_pass(target)
@@ -64,8 +64,6 @@ def pass_size(models: ModelLoader, policy: Policy, optim: OptimConfig) -> PassSi
         checkpointing=spec.model.gradient_checkpointing,
         fused=models.fused and target.is_cpu,
     )
-    if isinstance(given, int) and target.is_cpu:
-        return PassSize(tokens=memory.worth_keeping(need(), given, target))
     free = torch.tensor(memory.free_memory(target, models.device), device=models.device)
     dist.all_reduce(free, op=dist.ReduceOp.MIN)  # every rank must cut the same passes
     room = int(free) // (spec.world if target.is_cpu else 1)
@@ -77,9 +75,12 @@ def pass_size(models: ModelLoader, policy: Policy, optim: OptimConfig) -> PassSi
         if reduce_every_pass:
             gathered = memory.gathered_at_once(models.flops, parameters)
             needed = need(resident=True, gathered=gathered)
-    tokens = largest
-    if not isinstance(given, int):
-        tokens = memory.tokens_that_fit(needed, room, longest=memory.SMALLEST, largest=largest)
+    if isinstance(given, int):
+        # planned by whoever gave it: refused only where all that is free would not do
+        memory.check_longest(needed, room, spec.longest)
+        tokens = memory.worth_keeping(needed, given, target)
+    else:
+        tokens = memory.tokens_that_fit(needed, room, longest=spec.longest, largest=largest)
     return PassSize(tokens=tokens, reduce_every_pass=reduce_every_pass)
 
 

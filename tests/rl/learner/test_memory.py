@@ -51,6 +51,10 @@ def test_what_cannot_fit_is_refused_with_what_to_change() -> None:
         match=r"one sequence of 8192 tokens.*gradient_checkpointing.*max_response_length",
     ):
         tokens_that_fit(NEED, 10_000, longest=8192, largest=16384)
+    # whoever gives a number of tokens has it, as long as the longest sequence fits at all
+    memory.check_longest(NEED, 1200 + 81_920, 8192)
+    with pytest.raises(ValueError, match=r"one sequence of 8192 tokens"):
+        memory.check_longest(NEED, 1200 + 81_919, 8192)
 
 
 def test_a_control_group_leaves_what_its_limit_leaves(tmp_path: Path) -> None:

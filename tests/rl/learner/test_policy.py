@@ -19,6 +19,7 @@ from emberl.rl.groups import Batch
 from emberl.rl.learner.policy import (
     MicroBatchTensors,
     Policy,
+    _packed_width,
     pick_attention,
     takes_packed,
     to_tensors,
@@ -78,22 +79,26 @@ CPU = torch.device("cpu")
 
 def test_packed_sequences_stand_one_behind_the_other() -> None:
     batch = sft_batch([((3, 4, 7, 8, 1), 2), ((5, 9, 1), 1), ((6, 1), 1)])
-    micro = to_tensors(batch, (1, 0), CPU, packed=True)
-    assert micro.token_ids_BL.shape == (1, 128)  # 8 tokens and a filling of 120
-    assert micro.token_ids_BL[0, :9].tolist() == [5, 9, 1, 3, 4, 7, 8, 1, 0]
-    assert micro.token_ids_BL[0, 8:].sum() == 0
+    micro = to_tensors(batch, (1, 0, 2), CPU, packed=True)
+    assert micro.token_ids_BL.shape == (1, 16)  # 10 tokens and a filling of 6
+    assert micro.token_ids_BL[0].tolist() == [5, 9, 1, 3, 4, 7, 8, 1, 6, 1, *[0] * 6]
     assert micro.positions_BL is not None and micro.borders is not None
-    assert micro.positions_BL[0, :10].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1]
-    assert micro.positions_BL[0, 8:].tolist() == list(range(120))
-    assert (micro.borders.tolist(), micro.borders.dtype, micro.longest) == (
-        [0, 3, 8, 128],
-        torch.int32,
-        120,
-    )
-    assert micro.rows_n.tolist() == [0, 1, 3 + 1, 3 + 2, 3 + 3]
-    assert micro.targets_n.tolist() == [9, 1, 7, 8, 1]
-    assert micro.index_n.tolist() == [6, 7, 2, 3, 4]
-    assert micro.sequence_ids_n.tolist() == [1, 1, 0, 0, 0]
+    assert micro.positions_BL[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 4, 5]
+    assert micro.borders.tolist() == [0, 3, 8, 10, 16]
+    assert (micro.borders.dtype, micro.longest) == (torch.int32, 6)
+    assert micro.rows_n.tolist() == [0, 1, 3 + 1, 3 + 2, 3 + 3, 8]
+    assert micro.targets_n.tolist() == [9, 1, 7, 8, 1, 1]
+    assert micro.index_n.tolist() == [6, 7, 2, 3, 4, 9]
+    assert micro.sequence_ids_n.tolist() == [1, 1, 0, 0, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("used", "device", "width"),
+    [(0, "cpu", 8), (9, "cpu", 16), (300, "cpu", 304), (900, "cpu", 912), (1025, "cpu", 1056),
+     (1024, "cpu", 1024), (5000, "cpu", 5120), (9, "cuda", 128), (900, "cuda", 1024)],
+)  # fmt: skip
+def test_a_cpus_row_is_filled_up_little(used: int, device: str, width: int) -> None:
+    assert _packed_width(used, torch.device(device)) == width
 
 
 def test_a_full_packed_row_has_no_filling() -> None:
@@ -105,7 +110,7 @@ def test_a_full_packed_row_has_no_filling() -> None:
 def test_a_packed_rank_without_sequences_still_makes_a_pass() -> None:
     micro = to_tensors(sft_batch([((3, 4, 1), 1)]), (), CPU, packed=True)
     assert micro.borders is not None
-    assert (micro.token_ids_BL.shape, micro.borders.tolist()) == ((1, 128), [0, 128])
+    assert (micro.token_ids_BL.shape, micro.borders.tolist()) == ((1, 8), [0, 8])
     assert len(micro.rows_n) == len(micro.targets_n) == 0
 
 

@@ -89,6 +89,18 @@ def test_a_canary_changes_what_is_said_and_nothing_else(make: Callable[..., Lear
     np.testing.assert_array_equal(rank.canary_logprobs(BATCH, canary)[0] != whole, mask)
 
 
+@pytest.mark.parametrize("tokens", ["auto", 512])
+def test_a_run_whose_longest_sequence_cannot_fit_is_refused_before_its_first_step(
+    make: Callable[..., LearnerRank], tokens: int | str
+) -> None:
+    """A terabyte of activations for one sequence, whatever a pass may hold."""
+    rank = make()
+    rank.models.spec = replace(rank.models.spec, longest=10**9)
+    optim = OptimConfig.model_validate({"lr": 1e-2, "micro_batch_tokens": tokens})
+    with pytest.raises(ValueError, match=r"one sequence of 1000000000 tokens.*max_response_length"):
+        rank.begin_stage(optim, 10)
+
+
 def test_what_had_no_signal_moves_the_learning_rate_on(make: Callable[..., LearnerRank]) -> None:
     rank = make()
     rank.begin_stage(OptimConfig(lr=1e-2, schedule="linear"), 10)

@@ -72,7 +72,7 @@ def test_what_trains_is_no_prompt() -> None:
 
 
 def test_the_layout_of_a_row() -> None:
-    """[a b c | x y | z] from abcxy and abcz, and what fills it up to 128."""
+    """[a b c | x y | z] from abcxy and abcz, and what fills it up to 8."""
     micro = to_tensors(
         batch_of([((1, 2, 3), (8, 9)), ((1, 2, 3), (7,))]), (0, 1), CPU,
         packed=True, share_prompts=True,
@@ -82,11 +82,11 @@ def test_the_layout_of_a_row() -> None:
     assert micro.positions_BL[0, :8].tolist() == [0, 1, 2, 3, 4, 3, 0, 1]
     assert micro.rows_n.tolist() == [2, 3, 2], "both answers' first tokens are predicted at c"
     assert micro.targets_n.tolist() == [8, 9, 7]
-    assert micro.borders.tolist() == [0, 5, 9, 131], "the sequences as attention sees them"
+    assert micro.borders.tolist() == [0, 5, 9, 11], "the sequences as attention sees them"
     assert micro.shared is not None
     assert micro.shared.rows_E[:9].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5]
     assert micro.shared.first_R[:7].tolist() == [0, 1, 2, 3, 4, 8, 9]
-    assert micro.shared.spans == ((0, 5, 0, 0), (5, 1, 0, 3), (6, 122, 0, 0))
+    assert micro.shared.spans == ((0, 5, 0, 0), (5, 1, 0, 3), (6, 2, 0, 0))
     [(rows, tokens)] = micro.shared.copies
     assert (rows.tolist(), tokens.tolist()) == ([0, 1, 2], [[0, 5], [1, 6], [2, 7]])
 
