@@ -7,10 +7,11 @@ for long contexts, an unknown pre-tokenizer.
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def read_header(file: Path) -> GgufHeader:
     # gguf reads a truncated or damaged file past its end, where numpy raises errors of many kinds
     except Exception as error:
         raise ValueError(f"{file} is damaged or cut short ({error}); fetch it again") from error
+    arrays = {name: len(reader.fields[name].data) for name in _LONG if name in reader.fields}
     end = max((int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors), default=0)
     if end > file.stat().st_size:
         raise ValueError(
@@ -75,6 +77,8 @@ def read_header(file: Path) -> GgufHeader:
         )
     architecture = str(fields.get("general.architecture", "(none)"))
     _refuse(file, architecture, fields, {tensor.name for tensor in reader.tensors})
+    _check_sizes(file, architecture, fields, reader.tensors)
+    _check_vocabulary(file, fields, arrays, reader.tensors)
     types = [tensor.tensor_type.name for tensor in reader.tensors]
     return GgufHeader(
         architecture=architecture,
@@ -106,8 +110,6 @@ def _refuse(file: Path, architecture: str, fields: dict[str, Any], tensors: set[
             f"{file} holds no whole model ({fields.get('general.type', 'no embedding')});"
             f" {ELSEWHERE}"
         )
-    if f"{architecture}.context_length" not in fields:
-        raise ValueError(f"{file} does not say {architecture}.context_length; {ELSEWHERE}")
     if fields.get(f"{architecture}.expert_count"):
         raise ValueError(f"{file} is a mixture of experts; {ELSEWHERE}")
     scaling = fields.get(f"{architecture}.rope.scaling.type", "none")
@@ -130,9 +132,86 @@ def _refuse(file: Path, architecture: str, fields: dict[str, Any], tensors: set[
         )
 
 
+def _check_sizes(
+    file: Path, architecture: str, fields: dict[str, Any], tensors: Sequence[Any]
+) -> None:
+    """Raises ValueError if the header's sizes are none of this architecture's, or not those of the
+    tensors. A header is whatever wrote it; transformers would divide by it, or build what it
+    says."""
+
+    def size(name: str, default: int | None = None) -> int:
+        value = fields.get(f"{architecture}.{name}", default)
+        if value is None:
+            raise ValueError(f"{file} does not say {architecture}.{name}; {ELSEWHERE}")
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"{file} says {architecture}.{name}={value!r}, which is no positive number;"
+                f" {ELSEWHERE}"
+            )
+        return value
+
+    size("context_length")
+    heads = size("attention.head_count")
+    kv_heads = size("attention.head_count_kv", heads)
+    width = size("embedding_length")
+    stated = f"{architecture}.attention.key_length" in fields
+    if stated:
+        size("attention.key_length")
+    if heads % kv_heads or (width % heads and not stated):
+        raise ValueError(
+            f"{file} says {heads} heads, {kv_heads} of keys and values, in a width of {width},"
+            f" which cannot be; {ELSEWHERE}"
+        )
+    blocks = [int(match[1]) for tensor in tensors if (match := _LAYER.match(tensor.name))]
+    if size("block_count") != max(blocks, default=-1) + 1:
+        raise ValueError(
+            f"{file} says {architecture}.block_count={fields[f'{architecture}.block_count']}, but"
+            f" has tensors of {max(blocks, default=-1) + 1} layers; {ELSEWHERE}"
+        )
+    for name in ("rope.freq_base", "attention.layer_norm_rms_epsilon"):
+        value = fields.get(f"{architecture}.{name}", 1.0)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{file} says {architecture}.{name}={value!r}; {ELSEWHERE}")
+
+
+def _check_vocabulary(
+    file: Path, fields: dict[str, Any], arrays: Mapping[str, int], tensors: Sequence[Any]
+) -> None:
+    """Raises ValueError if the tokenizer's tables are not there or not of one size, or if weights
+    are stored in a way that cannot be read. arrays: the lengths of the tables."""
+    from gguf import dequantize
+
+    count = arrays.get("tokenizer.ggml.tokens", 0)
+    rows = next(int(t.data.shape[0]) for t in tensors if t.name == "token_embd.weight")
+    if not 0 < count <= rows:
+        raise ValueError(
+            f"{file} has {count} tokens for the {rows} rows of its embedding; {ELSEWHERE}"
+        )
+    wanted = "merges" if fields["tokenizer.ggml.model"] == "gpt2" else "scores"
+    if not arrays.get(f"tokenizer.ggml.{wanted}"):
+        raise ValueError(f"{file} has a tokenizer without {wanted}; {ELSEWHERE}")
+    for name, value in fields.items():
+        id = name.startswith("tokenizer.ggml.") and name.endswith("_token_id")
+        if id and not (isinstance(value, int) and 0 <= value < count):
+            raise ValueError(f"{file} says {name}={value}, but has {count} tokens; {ELSEWHERE}")
+    for tensor in {tensor.tensor_type: tensor for tensor in tensors}.values():
+        try:
+            dequantize(tensor.data[:1], tensor.tensor_type)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{file} stores {tensor.name} as {tensor.tensor_type.name}, which cannot be read;"
+                f" {ELSEWHERE}"
+            ) from error
+
+
+class _RefusedError(ValueError):
+    """A refusal with words of its own, unlike what libraries raise over a file's contents."""
+
+
 def convert(file: Path, folder: Path, dtype: str = "float32") -> str:
     """Writes weights in `dtype`, config and tokenizer to `folder`, which appears whole or not at
-    all. Returns a line that describes the conversion."""
+    all. Returns a line that describes the conversion. Raises ValueError for a file that cannot be
+    converted."""
     header = read_header(file)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -143,6 +222,11 @@ def convert(file: Path, folder: Path, dtype: str = "float32") -> str:
             shutil.rmtree(folder, ignore_errors=True)
             draft.chmod(0o755)  # mkdtemp lets nobody else read it
             draft.rename(folder)
+    except (_RefusedError, OSError):
+        raise
+    except Exception as error:  # of any kind: gguf, tokenizers and transformers read what is there
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{file} cannot be converted ({said:.300}); {ELSEWHERE}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     kinds = ", ".join(header.tensor_types)
@@ -151,8 +235,9 @@ def convert(file: Path, folder: Path, dtype: str = "float32") -> str:
 
 def _save_model(file: Path, header: GgufHeader, folder: Path, dtype: str) -> None:
     import torch
-    from huggingface_hub import save_torch_state_dict
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from .learner.checkpoint import save_tensors
 
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
     vars(config).pop("_model_name_or_path", None)  # the file's title, which is no path
@@ -170,16 +255,20 @@ def _save_model(file: Path, header: GgufHeader, folder: Path, dtype: str) -> Non
                 if name in wanted
                 else "which has no place"
             )
-            raise ValueError(
+            raise _RefusedError(
                 f"{file} has {name} of shape {tuple(tensor.shape)}, {place} in the model;"
                 f" {ELSEWHERE}"
             )
         tensors[name] = tensor.to(getattr(torch, dtype))
+        if not bool(tensors[name].isfinite().all()):
+            raise _RefusedError(
+                f"{file} has {name} with values that are no numbers in {dtype}; fetch it again"
+            )
     if missing := sorted(set(wanted) - set(tensors)):
-        raise ValueError(
+        raise _RefusedError(
             f"{file} lacks {len(missing)} tensors of the model, e.g. {missing[0]}; {ELSEWHERE}"
         )
-    save_torch_state_dict(tensors, folder)
+    save_tensors(tensors, folder)
     config.architectures = [_CLASSES[config.model_type]]
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
@@ -212,6 +301,7 @@ def _halves(tensor: Any, heads: int) -> Any:
 
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)")
+_LAYER = re.compile(r"blk\.(\d+)\.")
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _PARTS = {
     "attn_norm": "input_layernorm",

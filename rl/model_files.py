@@ -27,9 +27,11 @@ TOKENIZER_FILES = (
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 ENDS_OF_TURNS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 """Tokens that end a turn of chat models, whatever template a run gives them."""
+SMALL_MODEL = "models/smollm2-135m"
+"""The small real model's directory in configs/, which is not part of a checkout."""
 TINY_TOKENIZER_BYTES = 65_536
 """Size that no tiny model's tokenizer.json reaches."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 
 
 def check_model(config: Config) -> None:
@@ -39,6 +41,7 @@ def check_model(config: Config) -> None:
     path, critic = config.model.path, config.critic.path
     if path is not None and _local(path) is None:
         shown = _hub_config("model.path", path).to_dict()
+        _check_context(config, _context(shown))
         if config.rollout.engine == "embedded":
             _check_architecture("model.path", path, shown)
     if config.advantage.needs_critic and critic is not None and _local(critic) is None:
@@ -48,7 +51,8 @@ def check_model(config: Config) -> None:
 def check_files(config: Config) -> None:
     """`check_model` for local files only, without the Hub."""
     if config.model.path is not None:
-        _check_path("model.path", config.model.path, config.rollout.engine)
+        context = _check_path("model.path", config.model.path, config.rollout.engine)
+        _check_context(config, context)
     if config.advantage.needs_critic and config.critic.path is not None:
         _check_path("critic.path", config.critic.path, engine=None)
 
@@ -191,15 +195,15 @@ def check_adapters(config: Config, model_path: str) -> None:
 def gguf_file(key: str, path: Path) -> Path | None:
     """The GGUF file that an existing path is or holds; None for a Hugging Face directory."""
     if path.is_file():
-        if path.suffix != ".gguf":
+        if path.suffix.lower() != ".gguf":
             raise ConfigError(
                 f"{key}={str(path)!r} is a file, but no .gguf; give a directory, a GGUF file or a"
                 " Hub id"
             )
         return path
-    if (path / "config.json").exists():
+    if _exists(path / "config.json"):
         return None
-    files = sorted(path.glob("*.gguf"))
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
     if not files:
         raise ConfigError(
             f"{key}={str(path)!r} is a directory with neither config.json nor a GGUF file; give a"
@@ -217,37 +221,49 @@ def gguf_file(key: str, path: Path) -> Path | None:
 def _local(path: str) -> Path | None:
     """The absolute path if it exists; None for a name that only the Hub can know."""
     local = Path(path).expanduser().absolute()
-    return local if local.exists() else None
+    return local if _exists(local) else None
 
 
-def _check_path(key: str, path: str, engine: str | None) -> None:
-    """Raises `ConfigError` unless `path` is a usable model or a possible Hub id. engine: as in
-    `rollout.engine`, None if no engine serves the model."""
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # a folder that this user may not look into, or no possible name
+        raise ConfigError(
+            f"{str(path)!r:.200} cannot be looked at ({error.strerror}); give a path that this user"
+            " may read, or a Hub id"
+        ) from error
+
+
+def _check_path(key: str, path: str, engine: str | None) -> int | None:
+    """The tokens of the model's context, None where its files do not say. Raises `ConfigError`
+    unless `path` is a usable model or a possible Hub id. engine: as in `rollout.engine`, None if no
+    engine serves the model."""
     local = _local(path)
     if local is None:
-        if _HUB_ID.fullmatch(path) is None or path.endswith(".gguf"):
+        if _HUB_ID.fullmatch(path) is None or path.lower().endswith(".gguf"):
             raise ConfigError(
                 f"{key}={path!r} does not exist; give a directory, a GGUF file or a Hub id"
                 " (owner/name)"
             )
-        return
+        if path == SMALL_MODEL:
+            raise ConfigError(f"{key}={path!r} does not exist; `make smollm2` fetches it")
+        return None
     file = gguf_file(key, local)
     if file is None:
-        _check_directory(key, local, engine)
-        return
+        return _check_directory(key, local, engine)
     if engine is None:
         raise ConfigError(f"{key}={path!r} is a GGUF file; only model.path may be one")
     from .gguf_conversion import read_header
 
     try:
-        read_header(file)
+        return read_header(file).context_length
     except (ValueError, OSError) as error:
         raise ConfigError(f"{key}: {error}") from error
 
 
-def _check_directory(key: str, folder: Path, engine: str | None) -> None:
-    """Raises `ConfigError` unless a Hugging Face directory has config, weights and (for an engine)
-    a tokenizer, and the engine supports its architecture."""
+def _check_directory(key: str, folder: Path, engine: str | None) -> int | None:
+    """The tokens of the model's context. Raises `ConfigError` unless a Hugging Face directory has
+    config, weights and (for an engine) a tokenizer, and the engine supports its architecture."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -264,6 +280,29 @@ def _check_directory(key: str, folder: Path, engine: str | None) -> None:
             )
     if engine == "embedded":
         _check_architecture(key, str(folder), config)
+    return _context(config)
+
+
+def _context(config: dict[str, Any]) -> int | None:
+    """Tokens of a model's context by its config.json, stretched by the factor of its rope scaling;
+    None where it does not say."""
+    config = config.get("text_config") or config
+    tokens = config.get("max_position_embeddings")
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    factor = scaling.get("factor") or 1.0 if isinstance(scaling, dict) else 1.0
+    return int(tokens * max(1.0, factor)) if isinstance(tokens, int) else None
+
+
+def _check_context(config: Config, tokens: int | None) -> None:
+    """Raises `ConfigError` if an answer may become longer than the model's context of `tokens`."""
+    longest = config.max_model_length
+    if tokens is not None and longest > tokens:
+        raise ConfigError(
+            f"data.max_prompt_length={config.data.max_prompt_length} and"
+            f" rollout.max_response_length={config.rollout.max_response_length} are {longest}"
+            f" tokens, but the context of model.path={config.model.path!r} has {tokens}; lower one"
+            " of them"
+        )
 
 
 def _check_architecture(key: str, path: str, config: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@ start and for `--dry-run`."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .config.data import DataConfig
 from .config.distill import DistillConfig
 from .config.load import Config, ConfigError, user_errors
 from .data.demonstrations import check_rows
+from .data.hub import look_up
 from .data.rows import eval_tables, train_tables
 from .data.sources import check_data, is_table
 from .data.table import Head, heldout_note, read_head
@@ -44,6 +46,8 @@ def check_inputs(config: Config, *, hub: bool = False) -> list[str]:
             load_advantage(config.advantage.kind, config.advantage.options)
     if config.data.mixture or config.data.levels:
         return _check_parts(config, hub)
+    own = config.data.eval_path is not None or config.data.eval_split is not None
+    refuse_nothing_to_evaluate(config, heldout=own or config.data.heldout > 0)
     with user_errors():
         if not is_table(config.data):
             check_data(config.data)
@@ -72,6 +76,18 @@ def check_inputs(config: Config, *, hub: bool = False) -> list[str]:
             for head in (*heads[0], *heads[1]):
                 _render(config.data, tokenizer, head)
     return said
+
+
+def refuse_nothing_to_evaluate(config: Config, *, heldout: bool) -> None:
+    """Raises ConfigError if the run evaluates and has nothing for it. heldout: whether there are
+    held-out problems."""
+    sets_alone = bool(config.eval.sets) and config.eval.size is None
+    if config.grades and config.eval.size != 0 and not heldout and not sets_alone:
+        raise ConfigError(
+            f"there is nothing to evaluate on: data.heldout={config.data.heldout} leaves no"
+            " held-out problems; raise data.heldout, name data.eval_path or data.eval_split, or"
+            " set eval.size=0"
+        )
 
 
 def _check_sets(config: Config, hub: bool) -> list[str]:
@@ -248,12 +264,15 @@ def _tokenizer(config: Config, hub: bool) -> Any:
     if path is None:
         return None
     folder = Path(path).expanduser()
-    if not (folder / "tokenizer.json").is_file() and not (hub and not folder.exists()):
+    there = os.path.exists(folder)
+    if not os.path.isfile(folder / "tokenizer.json") and (there or not hub):
         return None
+    if not there:
+        look_up()
     from transformers import PreTrainedTokenizerFast  # AutoTokenizer takes twice as long to load
 
     try:
-        return PreTrainedTokenizerFast.from_pretrained(str(folder) if folder.exists() else path)
+        return PreTrainedTokenizerFast.from_pretrained(str(folder) if there else path)
     # of any kind, since the files are the user's: `load_tokenizer` says what is wrong with them
     except Exception:
         return None

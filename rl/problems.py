@@ -14,6 +14,7 @@ from .data.mixture import MixtureSource
 from .data.sources import PromptSource, open_source
 from .data.table import TableSource
 from .model_files import load_tokenizer
+from .preflight import refuse_nothing_to_evaluate
 from .sft import Imitated, open_imitated, with_sft_steps
 
 
@@ -62,17 +63,7 @@ def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> Rewar
     """The reward suite, after a trial on one problem and a check of every reference of a finite
     data set. Raises ConfigError if there is nothing to evaluate on, or if references cannot be
     graded and may not be left out."""
-    if (
-        config.grades
-        and config.eval.size != 0
-        and not source.heldout
-        and not (config.eval.sets and config.eval.size is None)
-    ):
-        raise ConfigError(
-            f"there is nothing to evaluate on: data.heldout={config.data.heldout} leaves no"
-            " held-out problems; raise data.heldout, name data.eval_path or data.eval_split, or"
-            " set eval.size=0"
-        )
+    refuse_nothing_to_evaluate(config, heldout=bool(source.heldout))
     with user_errors():
         suite = build_suite({name: part.model_dump() for name, part in config.reward.parts.items()})
         if not config.grades:

@@ -8,6 +8,7 @@ between two training steps, and one of its threads writes the copy while trainin
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -107,11 +108,10 @@ def write_model(
 ) -> None:
     """Writes a Hugging Face directory: `tensors`, a config with this dtype, and the tokenizer's
     files of `origin` (a directory or a Hub id)."""
-    from huggingface_hub import save_torch_state_dict
     from transformers import AutoTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(tensors, folder)
+    save_tensors(tensors, folder)
     config = policy.model.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
     config["architectures"] = [type(policy.model).__name__]
     type(policy.model.config)(**config).save_pretrained(folder)
@@ -121,6 +121,17 @@ def write_model(
                 shutil.copy(file, folder / file.name)
     else:
         AutoTokenizer.from_pretrained(origin).save_pretrained(folder)
+
+
+def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Writes Hugging Face's safetensors files, readable by whom the user's umask allows."""
+    from huggingface_hub import save_torch_state_dict
+
+    save_torch_state_dict(tensors, folder)
+    mask = os.umask(0o077)  # it can be read only by setting it
+    os.umask(mask)
+    for file in folder.glob("*.safetensors"):  # which safetensors leaves to their owner alone
+        file.chmod(0o666 & ~mask)
 
 
 def write_states(snapshot: Snapshot, folder: Path, group: Any) -> None:

@@ -46,33 +46,49 @@ def write(
     tokenizer: str = "gpt2",
     architecture: str | None = None,
     extra: dict[str, np.ndarray[Any, Any]] | None = None,
+    sizes: dict[str, Any] | None = None,
+    tables: dict[str, Any] | None = None,
     **fields: str | int,
 ) -> Path:
     """As llama.cpp's converter does: its names, and the rows of Llama's q and k in its order of
-    rotation."""
+    rotation. sizes, tables: other values of the header, None for none."""
     name = model.config.model_type
     writer = gguf.GGUFWriter(file, architecture or name)
-    writer.add_context_length(128)
-    writer.add_block_count(2)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_dimension_count(16)
-    writer.add_key_length(16)
-    writer.add_value_length(16)
-    writer.add_rope_freq_base(SIZES["rope_theta"])
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(len(TOKENS))
+    header = {
+        "context_length": 128,
+        "block_count": 2,
+        "embedding_length": 64,
+        "feed_forward_length": 96,
+        "head_count": 4,
+        "head_count_kv": 2,
+        "rope_dimension_count": 16,
+        "key_length": 16,
+        "value_length": 16,
+        "rope_freq_base": SIZES["rope_theta"],
+        "layer_norm_rms_eps": 1e-6,
+        "vocab_size": len(TOKENS),
+        **(sizes or {}),
+    }
+    for key, value in header.items():
+        if isinstance(value, str):
+            writer.add_string(f"{architecture or name}.attention.{key}", value)
+        elif value is not None:
+            getattr(writer, f"add_{key}")(value)
     if tokenizer:
-        writer.add_tokenizer_model(tokenizer)
-        writer.add_tokenizer_pre(split)
-        writer.add_token_list(TOKENS)
-        writer.add_token_types([3, 3, 3, 4] + [1] * (len(TOKENS) - 4))
-        writer.add_token_merges(MERGES)
-        writer.add_bos_token_id(1)
-        writer.add_eos_token_id(2)
-        writer.add_chat_template(TEMPLATE)
+        vocabulary = {
+            "tokenizer_model": tokenizer,
+            "tokenizer_pre": split,
+            "token_list": TOKENS,
+            "token_types": [3, 3, 3, 4] + [1] * (len(TOKENS) - 4),
+            "token_merges": MERGES,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "chat_template": TEMPLATE,
+            **(tables or {}),
+        }
+        for key, value in vocabulary.items():
+            if value is not None:
+                getattr(writer, f"add_{key}")(value)
     for key, value in fields.items():
         key = key.replace("__", ".")
         writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
@@ -166,6 +182,26 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"llama__expert_count": 8}, "mixture of experts"),
     ({"llama__rope__scaling__type": "yarn"}, "rope scaling"),
     ({"extra": {"rope_freqs.weight": np.ones(8, np.float32)}}, "rope scaling"),
+    ({"sizes": {"head_count": 7, "key_length": None}}, "7 heads, 2 of keys and values"),
+    ({"sizes": {"head_count": 0}}, r"llama.attention.head_count=0, which is no positive"),
+    ({"sizes": {"head_count": "four"}}, r"head_count='four', which is no positive"),
+    ({"sizes": {"head_count": None}}, r"does not say llama.attention.head_count"),
+    ({"sizes": {"head_count_kv": 3}}, "4 heads, 3 of keys and values"),
+    ({"sizes": {"head_count_kv": 0}}, r"head_count_kv=0, which is no positive"),
+    ({"sizes": {"key_length": 0}}, r"key_length=0, which is no positive"),
+    ({"sizes": {"context_length": 0}}, r"context_length=0, which is no positive"),
+    ({"sizes": {"context_length": None}}, r"does not say llama.context_length"),
+    ({"sizes": {"block_count": 3000}}, r"block_count=3000, but has tensors of 2 layers"),
+    ({"sizes": {"block_count": 1}}, r"block_count=1, but has tensors of 2 layers"),
+    ({"sizes": {"rope_freq_base": 0.0}}, r"rope.freq_base=0.0"),
+    ({"sizes": {"layer_norm_rms_eps": float("nan")}}, r"layer_norm_rms_epsilon=nan"),
+    ({"tables": {"token_list": None}}, "0 tokens for the 264 rows"),
+    ({"tables": {"token_list": [*TOKENS, "more"]}}, "265 tokens for the 264 rows"),
+    ({"tables": {"token_merges": None}}, "a tokenizer without merges"),
+    ({"tokenizer": "llama"}, "a tokenizer without scores"),
+    ({"tables": {"eos_token_id": 999_999}}, r"eos_token_id=999999, but has 264 tokens"),
+    ({"extra": {"blk.0.odd.weight": np.ones((2, 8))}}, "blk.0.odd.weight as F64"),
+    ({"extra": {"blk.0.odd.weight": np.ones((2, 8), np.int8)}}, "blk.0.odd.weight as I8"),
 ]  # fmt: skip
 
 
@@ -187,6 +223,35 @@ def test_a_tensor_without_a_place_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"self_attn.q_proj.bias .* no place"):
         convert(file, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"], "nothing half made is left"
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"token_merges": [*MERGES, "nospace"]},
+        {"token_list": TOKENS[:200], "token_types": [1] * 200},
+    ],
+)
+def test_a_tokenizer_that_libraries_refuse_is_named(tmp_path: Path, tables: dict[str, Any]) -> None:
+    """What only they notice, with errors of many kinds."""
+    file = write(tmp_path / "m.gguf", make("llama"), tables=tables)
+    with pytest.raises(ValueError, match=r"cannot be converted .* Hugging Face directory") as error:
+        convert(file, tmp_path / "out")
+    assert str(file) in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"], "nothing half made is left"
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    model = make("llama")
+    model.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match=r"model.norm.weight with values that are no numbers"):
+        convert(write(tmp_path / "m.gguf", model), tmp_path / "out")
+
+
+def test_anyone_may_read_what_was_converted(tmp_path: Path) -> None:
+    convert(write(tmp_path / "m.gguf", make("llama")), tmp_path / "out")
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {"0o644"}, modes
 
 
 @pytest.mark.parametrize("keep", [0, 3, 20, 300, 5000, -1])

@@ -101,6 +101,49 @@ def test_a_path_that_does_not_exist_is_no_malformed_hub_id(
     assert "Repo id" not in str(error.value)
 
 
+def test_the_small_models_place_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="`make smollm2` fetches it"):
+        check_files(configuration("models/smollm2-135m"))
+
+
+def test_a_name_that_no_file_can_have_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be looked at .File name too long"):
+        check_files(configuration(tmp_path / ("x" * 300)))
+
+
+def test_a_folder_that_may_not_be_looked_into_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path) -> bool:  # what the system says to anyone but root
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", refused)
+    with pytest.raises(ConfigError, match=r"cannot be looked at .Permission denied"):
+        check_files(configuration(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({"max_position_embeddings": 100}, 100),
+        ({"max_position_embeddings": 50, "rope_scaling": {"type": "yarn", "factor": 2.0}}, 100),
+    ],
+)
+def test_answers_longer_than_the_models_context_are_refused(
+    whole: Path, tmp_path: Path, changes: dict[str, Any], tokens: int
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(whole, folder)
+    saying(**changes)(folder)
+    data = {"source": "arithmetic", "max_prompt_length": 40}
+    lengths = {"data": data, "rollout": {"max_response_length": 60}}
+    check_files(configuration(folder, **lengths))
+    lengths["rollout"] = {"max_response_length": 61}
+    with pytest.raises(ConfigError, match=rf"are 101 tokens, but the context .* has {tokens}"):
+        check_files(configuration(folder, **lengths))
+
+
 def test_what_may_be_either_is_told_as_both(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
