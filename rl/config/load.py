@@ -30,7 +30,7 @@ from .experiment import Experiment
 from .key_reference import entries
 from .masking import masked, remember, watch_environment
 from .mistakes import explain
-from .overrides import OverrideError, merged, tree_of
+from .overrides import OverrideError, merged, tree_of, without_null_entries
 from .presets import preset
 from .reward import RewardConfig, RewardPart
 from .sampling import EvalConfig, RolloutConfig
@@ -234,7 +234,7 @@ def resolve(tree: Mapping[str, Any]) -> Config:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     try:
-        return Config.model_validate(merged(base, tree))
+        return Config.model_validate(without_null_entries(merged(base, tree), [Config]))
     except ValidationError as error:
         raise ConfigError(explain(error, Config)) from error
 

@@ -180,3 +180,18 @@ def test_a_later_override_wins_and_mappings_merge() -> None:
         and config.optim.lr == 1e-2
     )
     assert config.data.kinds == {"chain": 1, "solve": 1, "story": 2}
+
+
+def test_null_takes_an_entry_out_of_a_mapping_of_the_users_own_keys() -> None:
+    config = load_config(
+        QUICKSTART,
+        ["data.kinds={story: 2}", "data.kinds.chain=null", "reward.parts.answer=null",
+         "reward.parts.mine={use: math, options: {percent: null}}", "data.system_prompt=null"],
+    )  # fmt: skip
+    assert config.data.kinds == {"solve": 1, "story": 2}
+    assert set(config.reward.parts) == {"mine"}, "and `options` are the reward's to read"
+    assert config.data.system_prompt is None
+    again = load_config(QUICKSTART, ["data.kinds.chain=null", "data.kinds.chain=3"])
+    assert again.data.kinds == {"chain": 3, "solve": 1}
+    with pytest.raises(ConfigError, match="optim"):  # a group's key is no entry
+        load_config(QUICKSTART, ["optim=null"])
