@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import signal
 import sys
 import threading
@@ -119,28 +120,30 @@ class Talker:
         answered = self._decode([(prompt, n, first) for prompt in prompts], {}, heard)
         if budget is not None:
             assert self._thoughts is not None
-            begun: dict[str, list[Completion]] = {}
+            partials: dict[str, list[Completion]] = {}
             for prompt in prompts:
                 for c in [c for c in answered[prompt.id] if c.finish_reason == "length"]:
                     cut = self._thoughts.cut(prompt, c, budget)
-                    begun.setdefault(prompt.id, []).append(c if cut is None else cut)
+                    partials.setdefault(prompt.id, []).append(c if cut is None else cut)
                     answered[prompt.id].remove(c)
-            requests = [(p, len(begun[p.id]), self.sampling) for p in prompts if p.id in begun]
-            for name, more in self._decode(requests, begun, heard).items():
-                before = {c.sample: c for c in begun[name]}
+            requests = [
+                (p, len(partials[p.id]), self.sampling) for p in prompts if p.id in partials
+            ]
+            for name, more in self._decode(requests, partials, heard).items():
+                before = {c.sample: c for c in partials[name]}
                 answered[name] += [whole(c, before[c.sample]) for c in more]
         return [sorted(answered[prompt.id], key=lambda c: c.sample) for prompt in prompts]
 
     def _decode(
         self,
         requests: Sequence[tuple[Prompt, int, Sampling]],
-        begun: dict[str, list[Completion]],
+        partials: dict[str, list[Completion]],
         heard: Heard | None,
     ) -> dict[str, list[Completion]]:
         answered: dict[str, list[Completion]] = {prompt.id: [] for prompt, _, _ in requests}
         if isinstance(self._engine, EmbeddedEngine):
             for prompt, n, sampling in requests:
-                self._engine.submit(prompt, n, sampling, begun.get(prompt.id, ()))
+                self._engine.submit(prompt, n, sampling, partials.get(prompt.id, ()))
             left = sum(n for _, n, _ in requests)
             while left:
                 stopped = self.stop.is_set()
@@ -152,7 +155,7 @@ class Talker:
             return answered
 
         async def collect() -> None:
-            async for completion in self._engine.generate_all(requests, begun):
+            async for completion in self._engine.generate_all(requests, partials):
                 answered[completion.prompt_id].append(completion)
 
         if requests:
@@ -232,6 +235,7 @@ def _show_sample(
             screen.print(thoughts, style="dim italic", markup=False, highlight=False)
         screen.print(part.text.translate(VISIBLE), markup=False, highlight=False)
         return
+    logprob = round(float(completion.logprobs.sum()), 4)
     row = {
         "prompt": text,
         "sample": completion.sample,
@@ -240,7 +244,7 @@ def _show_sample(
         "tokens": completion.num_sampled,
         "forced_tokens": len(completion) - completion.num_sampled,
         "finish_reason": completion.finish_reason,
-        "logprob": round(float(completion.logprobs.sum()), 4),
+        "logprob": logprob if math.isfinite(logprob) else None,  # JSON has no NaN
     }
     print(json.dumps(row, ensure_ascii=False), file=out, flush=True)
 
