@@ -162,7 +162,7 @@ class Cluster:
         self._model_path = model_path
         self._plan(model_path)
         self._start_learners()
-        workers = [self._spawn(RolloutWorker, seat, spec) for seat, spec in self._workers]
+        workers = [self._spawn(RolloutWorker, slot, spec) for slot, spec in self._workers]
         self.pool = self._pool_of(workers)
         self.spawned = True
         return self.learners, self.pool
@@ -190,33 +190,33 @@ class Cluster:
 
     def _plan(self, model_path: str) -> None:
         """Makes the settings of each actor."""
-        config, seats = self.config, self.placement.seats
-        world = sum(seat.role == "learner" for seat in seats)
+        config, slots = self.config, self.placement.slots
+        world = sum(slot.role == "learner" for slot in slots)
         self._ranks = [
             (
-                seat,
+                slot,
                 RankSpec(
-                    rank=seat.index,
+                    rank=slot.index,
                     world=world,
                     device=self.placement.device,
-                    threads=seat.threads,
+                    threads=slot.threads,
                     model=config.model,
                     timeout=config.cluster.step_timeout,
                     seed=config.seed,
                     longest=config.max_model_length,
                 ),
             )
-            for seat in seats
-            if seat.role == "learner"
+            for slot in slots
+            if slot.role == "learner"
         ]
         self._workers = [
             (
-                seat,
+                slot,
                 WorkerSpec(
                     model_path=model_path,
                     device=self.placement.device,
                     dtype=config.model.dtype,
-                    threads=seat.threads,
+                    threads=slot.threads,
                     max_num_seqs=config.rollout.max_num_seqs,
                     max_model_len=config.max_model_length,
                     run_id=self.run_id,
@@ -225,18 +225,18 @@ class Cluster:
                     engine=config.rollout.engine,
                     engine_args=self._engine_args(),
                     token_rate=config.rollout.token_rate,
-                    server=(config.rollout.servers or ("",) * (seat.index + 1))[seat.index],
+                    server=(config.rollout.servers or ("",) * (slot.index + 1))[slot.index],
                     servers_directory=config.rollout.servers_directory,
                     max_restarts=config.rollout.max_restarts,
                     rate_limit=config.sync.rate_limit,
                 ),
             )
-            for seat in seats
-            if seat.role == "rollout"
+            for slot in slots
+            if slot.role == "rollout"
         ]
 
     def _start_learners(self) -> None:
-        ranks = [self._spawn(LearnerRank, seat, spec) for seat, spec in self._ranks]
+        ranks = [self._spawn(LearnerRank, slot, spec) for slot, spec in self._ranks]
         timeout = self.config.cluster.step_timeout
         self.learners = LearnerGroup(ranks, timeout=timeout, disks=self._disks)
 
@@ -283,7 +283,7 @@ class Cluster:
                     f"sync.transport=directory needs a directory that every node sees, but"
                     f" {directory} is another disk on some; set sync.directory to a shared one"
                 )
-        learners = [nodes[s.place] for s in self.placement.seats if s.role == "learner"]
+        learners = [nodes[s.place] for s in self.placement.slots if s.role == "learner"]
         return Disks(learners, run_dir, timeout)
 
     def _engine_args(self) -> dict[str, Any]:
@@ -299,17 +299,17 @@ class Cluster:
         """A new actor, with its model loaded, for a rollout worker that is lost or stuck. Raises
         `PlaceLostError` if its node is gone and no other has room, `TimeoutError` after
         `cluster.start_timeout`, and Ray's own errors."""
-        seat, spec = self._workers[index]
+        slot, spec = self._workers[index]
         if self._group is None:  # everything ends: a call of Ray's would start another cluster
             raise TimeoutError("the run is over")
         ray.kill(self.pool.workers[index])
-        handle = self._spawn(RolloutWorker, seat, spec)
+        handle = self._spawn(RolloutWorker, slot, spec)
         ready = handle.ready.remote()
         deadline = time.monotonic() + self.config.cluster.start_timeout
         while not ray.wait([ready], timeout=PATIENCE)[0]:
             if len(self._workers) > 1 and not self._group.wait(timeout_seconds=1):
                 ray.kill(handle)
-                raise PlaceLostError(f"no node has room for {resources_text(seat.bundle)}")
+                raise PlaceLostError(f"no node has room for {resources_text(slot.bundle)}")
             if time.monotonic() > deadline:
                 raise TimeoutError("it has not loaded its model within cluster.start_timeout")
         ray.get(ready, timeout=PATIENCE)  # raises what its start raised
@@ -351,34 +351,34 @@ class Cluster:
         if late or refused:
             raise ActorLostError(why) from error
         try:
-            self.pool.seat(i, self._another(i, why))
+            self.pool.substitute(i, self._another(i, why))
         except PlaceLostError as nowhere:
             self.pool.leave_out(i, f"{why}; {nowhere}")
         else:
             self.tell(f"{why}; another has taken its place")
 
-    def _spawn(self, actor: type, seat: ActorSlot, spec: RankSpec | WorkerSpec) -> Any:
-        handle = self.options(actor, seat).remote(spec)
+    def _spawn(self, actor: type, slot: ActorSlot, spec: RankSpec | WorkerSpec) -> Any:
+        handle = self.options(actor, slot).remote(spec)
         self._actors.append(handle)
         return handle
 
-    def options(self, actor: type, seat: ActorSlot) -> Any:
+    def options(self, actor: type, slot: ActorSlot) -> Any:
         """The Ray actor class bound to its bundle, its resources and its thread environment."""
         others = {
-            name: amount for name, amount in seat.bundle.items() if name not in ("CPU", "GPU")
+            name: amount for name, amount in slot.bundle.items() if name not in ("CPU", "GPU")
         }
         remote: Any = ray.remote  # its types know no concurrency groups
-        beside = {PUBLISHING: 1, WRITING: 1} if seat.role == "learner" else None
+        beside = {PUBLISHING: 1, WRITING: 1} if slot.role == "learner" else None
         return remote(concurrency_groups=beside)(actor).options(
-            num_cpus=seat.bundle["CPU"],
-            num_gpus=seat.bundle.get("GPU", 0),
+            num_cpus=slot.bundle["CPU"],
+            num_gpus=slot.bundle.get("GPU", 0),
             resources=others or None,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
-                placement_group=self._group, placement_group_bundle_index=seat.place
+                placement_group=self._group, placement_group_bundle_index=slot.place
             ),
             runtime_env={
-                "env_vars": platform.thread_environment(seat.threads)
-                | platform.actor_environment(self.placement.device, seat.role, os.environ)
+                "env_vars": platform.thread_environment(slot.threads)
+                | platform.actor_environment(self.placement.device, slot.role, os.environ)
             },
             max_restarts=0,
         )

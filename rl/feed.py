@@ -23,7 +23,7 @@ from ..rollout.schedule import Schedule
 from .groups import Group
 from .run import GRADERS, Run
 
-Ticket = tuple[int, int]
+Admission = tuple[int, int]
 """The key of a group before it is sampled: the position of its problem in the source, and the RL
 step in which it was admitted, which gives the seed of its draws."""
 
@@ -57,8 +57,8 @@ class GroupFeed:
             overdue="evict" if schedule.oversample > 1 else schedule.overdue,
             oversample=schedule.oversample,
         )
-        self._open: dict[int, tuple[Ticket, Job]] = {}  # by number
-        self._again: list[Ticket] = list(run.progress.pending)
+        self._open: dict[int, tuple[Admission, Job]] = {}  # by number
+        self._again: list[Admission] = list(run.progress.pending)
         self._position = run.progress.position
         self._step = run.progress.step
         self._admitted = 0

@@ -16,7 +16,7 @@ SHARE = 0.5
 """Share of a device, in Ray's accounting, of a colocated learner or rollout worker."""
 PATIENCE = 10.0
 """Seconds without a cluster's answer after which the user is told."""
-LOOK = 0.5
+POLL_S = 0.5
 """Seconds between two queries of a cluster's resources."""
 
 
@@ -39,24 +39,24 @@ class Placement:
     """The slots of all actors."""
 
     device: str
-    seats: tuple[ActorSlot, ...]
+    slots: tuple[ActorSlot, ...]
 
     def bundles(self) -> list[dict[str, float]]:
         """The placement group's bundles: the sum of the resources of each one's slots."""
-        places = sorted({seat.place for seat in self.seats})
-        return [_sum(seat.bundle for seat in self.seats if seat.place == place) for place in places]
+        places = sorted({slot.place for slot in self.slots})
+        return [_sum(slot.bundle for slot in self.slots if slot.place == place) for place in places]
 
     def total(self) -> dict[str, float]:
         """The sum of the Ray resources of all slots."""
-        return _sum(seat.bundle for seat in self.seats)
+        return _sum(slot.bundle for slot in self.slots)
 
     def describe(self) -> str:
         """A table for a person, one line per actor."""
         lines = [f"placement on {self.device}: {resources_text(self.total())}"]
         lines += [
-            f"  bundle {seat.place:2}  {seat.role} {seat.index}  {resources_text(seat.bundle)},"
-            f" {seat.threads} threads"
-            for seat in self.seats
+            f"  bundle {slot.place:2}  {slot.role} {slot.index}  {resources_text(slot.bundle)},"
+            f" {slot.threads} threads"
+            for slot in self.slots
         ]
         said = platform.describe_environment(self.device, os.environ)
         return "\n".join([*lines, *(f"  {line}" for line in said)])
@@ -79,7 +79,7 @@ def plan_placement(config: Config, roles: tuple[Role, ...] = ROLES) -> Placement
     }
     cpus = {"learner": cluster.cpus_per_learner, "rollout": cluster.cpus_per_rollout}
     everything = sum(counts[role] * cpus[role] for role in roles)
-    seats = []
+    slots = []
     for role in roles:
         alone = target.is_cpu and config.schedule.max_staleness == 0
         threads = int(everything / counts[role] if alone else cpus[role])
@@ -93,11 +93,11 @@ def plan_placement(config: Config, roles: tuple[Role, ...] = ROLES) -> Placement
         )
         bundle = {"CPU": cpus[role]} if cardless else {target.resource: cards, "CPU": cpus[role]}
         first = 0 if cluster.colocated or role == roles[0] else cluster.learners
-        seats += [
+        slots += [
             ActorSlot(role=role, index=i, bundle=bundle, threads=max(1, threads), place=first + i)
             for i in range(counts[role])
         ]
-    return Placement(device=target.device, seats=tuple(seats))
+    return Placement(device=target.device, slots=tuple(slots))
 
 
 def check_capacity(placement: Placement, available: dict[str, float], where: str) -> None:
@@ -111,7 +111,7 @@ def check_capacity(placement: Placement, available: dict[str, float], where: str
                 else "cluster.device"
             )
             learners, rollouts = (
-                sum(seat.role == role for seat in placement.seats)
+                sum(slot.role == role for slot in placement.slots)
                 for role in ("learner", "rollout")
             )
             raise ConfigError(
@@ -140,7 +140,7 @@ def wait_for_nodes(
             if not told:
                 tell(f"waiting for nodes, up to cluster.join_timeout={seconds:g} s: {error}")
                 told = True
-            time.sleep(LOOK)
+            time.sleep(POLL_S)
         else:
             return
 

@@ -130,11 +130,11 @@ class Crew:
         self._sync_timeout = sync_timeout
         self._respawn = respawn
         self._max_restarts = max_restarts if respawn is not None else 0
-        self._seats = [WorkerState(worker=worker) for worker in workers]
+        self._states = [WorkerState(worker=worker) for worker in workers]
         self._dispatch = dispatch
         self._tell = tell
         for i in gone:
-            self._seats[i].gone = True
+            self._states[i].gone = True
             self._dispatch.set_up(i, False)
         self._latest: WeightUpdate | None = None
         self._probed: list[int] = []
@@ -149,12 +149,12 @@ class Crew:
 
     @property
     def workers(self) -> tuple[Any, ...]:
-        return tuple(seat.worker for seat in self._seats)
+        return tuple(state.worker for state in self._states)
 
     @property
     def gone(self) -> tuple[int, ...]:
         """Numbers of the workers that are lost for good."""
-        return tuple(i for i, seat in enumerate(self._seats) if seat.gone)
+        return tuple(i for i, state in enumerate(self._states) if state.gone)
 
     @property
     def announced(self) -> int:
@@ -162,7 +162,7 @@ class Crew:
         return -1 if self._latest is None else self._latest.version
 
     def _here(self) -> list[int]:
-        return [i for i, seat in enumerate(self._seats) if not seat.gone]
+        return [i for i, state in enumerate(self._states) if not state.gone]
 
     async def served_after(self, version: int) -> int:
         """Waits until every worker serves a newer version than this one; returns that."""
@@ -206,11 +206,11 @@ class Crew:
         self._probed = self._here()
         work = (self._until_answered(i, method, *arguments) for i in self._probed)
         answers = zip(self._probed, await asyncio.gather(*work), strict=True)
-        return [answer for i, answer in answers if not self._seats[i].gone]
+        return [answer for i, answer in answers if not self._states[i].gone]
 
     def _asked(self, worker: int) -> int:
         """The number of a worker, from its index in the last result of `_of_each`."""
-        return [i for i in self._probed if not self._seats[i].gone][worker]
+        return [i for i in self._probed if not self._states[i].gone][worker]
 
     async def sleep(self, level: int) -> None:
         """Every worker frees its device for the learners once nothing is decoded, until `serve` or
@@ -227,37 +227,37 @@ class Crew:
 
     def idle_seconds(self) -> list[float]:
         """Seconds in which each worker had nothing to decode, since the pool began."""
-        return [seat.idle_seconds() for seat in self._seats]
+        return [state.idle_seconds() for state in self._states]
 
     def busy_spans(self) -> list[tuple[int, float, float]]:
         """(worker, start, stop) of the times with a job since the last call, as `time.time()`."""
-        return [(i, *span) for i, seat in enumerate(self._seats) for span in seat.busy_spans()]
+        return [(i, *span) for i, state in enumerate(self._states) for span in state.busy_spans()]
 
     # Replacement of lost workers
 
     async def _replace(self, i: int, lost: Any, why: str) -> None:
         """Replaces the actor `lost` by a new one with the weights that are served now. If that is
         not allowed or fails, the others do its work; raises ActorLostError if there are none."""
-        seat = self._seats[i]
-        async with seat.lock:
-            while seat.worker is lost and not seat.gone:
+        state = self._states[i]
+        async with state.lock:
+            while state.worker is lost and not state.gone:
                 self._dispatch.set_up(i, False)
-                if self._respawn is None or seat.restarts >= self._max_restarts:
-                    tried = f" (restarted {seat.restarts} times)" if seat.restarts else ""
+                if self._respawn is None or state.restarts >= self._max_restarts:
+                    tried = f" (restarted {state.restarts} times)" if state.restarts else ""
                     self._give_up(i, f"{why}{tried}")
                     return
-                seat.restarts += 1
+                state.restarts += 1
                 self.restarts += 1
                 try:
                     fresh = await asyncio.to_thread(self._respawn, i)
                     if self._latest is not None:
                         peers = [
                             other.worker
-                            for j, other in enumerate(self._seats)
+                            for j, other in enumerate(self._states)
                             if j != i and self._dispatch.up[j]
                         ]
                         who, timeout = f"rollout worker {i}", self._sync_timeout
-                        seat.report = await catch_up(
+                        state.report = await catch_up(
                             fresh, self._latest, peers, who=who, timeout=timeout
                         )
                         if self.prove_fresh is not None:
@@ -268,13 +268,13 @@ class Crew:
                 except (*LOST, WorkerLostError) as error:
                     why = f"rollout worker {i}, restarted: {cause(error)}"
                     continue
-                seat.worker = fresh
+                state.worker = fresh
                 self._dispatch.set_up(i, True)
 
-    def seat(self, i: int, worker: Any) -> None:
+    def substitute(self, i: int, worker: Any) -> None:
         """Replaces a worker before anything was asked of it."""
-        self._seats[i].worker = worker
-        self._seats[i].restarts += 1
+        self._states[i].worker = worker
+        self._states[i].restarts += 1
         self.restarts += 1
 
     def leave_out(self, i: int, why: str) -> None:
@@ -288,20 +288,20 @@ class Crew:
         others = [j for j in self._here() if j != i]
         if not others or self._respawn is None or not self._max_restarts:
             raise ActorLostError(why)
-        self._seats[i].gone = True
+        self._states[i].gone = True
         self._tell(f"{why}; the run goes on with {len(others)} rollout workers")
 
     # Weights
 
     async def _serve_version(self, update: WeightUpdate, timeout: float) -> list[dict[str, float]]:
         self._latest = update
-        seats = self._here()
-        await asyncio.gather(*(self._ask(i, "prepare", update, self._sync_timeout) for i in seats))
+        here = self._here()
+        await asyncio.gather(*(self._ask(i, "prepare", update, self._sync_timeout) for i in here))
         answers = await asyncio.gather(
-            *(self._ask(i, "commit", update.version, timeout) for i in seats)
+            *(self._ask(i, "commit", update.version, timeout) for i in here)
         )
         reports = [
-            report for i, report in zip(seats, answers, strict=True) if not self._seats[i].gone
+            report for i, report in zip(here, answers, strict=True) if not self._states[i].gone
         ]
         async with self._new_version:
             self.served = max(self.served, update.version)
@@ -309,22 +309,22 @@ class Crew:
         return reports
 
     async def _ask(self, i: int, method: str, argument: Any, timeout: float) -> dict[str, float]:
-        seat = self._seats[i]
-        async with seat.lock:  # a worker that is just being replaced
-            worker = seat.worker
-        if seat.gone:
-            return seat.report
+        state = self._states[i]
+        async with state.lock:  # a worker that is just being replaced
+            worker = state.worker
+        if state.gone:
+            return state.report
         try:
             work = getattr(worker, method).remote(argument)
             return await call(work, who=f"rollout worker {i}", what=method, timeout=timeout)
         except WorkerLostError as error:
             await self._replace(i, worker, str(error))  # which brings it to the newest version
-        return seat.report
+        return state.report
 
     async def _until_answered(self, i: int, method: str, *arguments: Any) -> Any:
-        while not self._seats[i].gone:
-            async with self._seats[i].lock:
-                worker = self._seats[i].worker
+        while not self._states[i].gone:
+            async with self._states[i].lock:
+                worker = self._states[i].worker
             try:
                 work = getattr(worker, method).remote(*arguments)
                 return await call(

@@ -26,6 +26,9 @@ from .weights.transport import FetchContext, TokenBucket
 Request = tuple[Prompt, int, Sampling]
 """A prompt, how many samples of it, and how they are drawn."""
 
+Partials = Mapping[str, Sequence[Completion]]
+"""Completions that are to go on from where they stand, by the id of their prompt."""
+
 InFlight = Literal["update", "finish", "park"]
 """As in `schedule.in_flight`."""
 
@@ -52,7 +55,9 @@ class Engine(Protocol):
         ...
 
     def generate_all(
-        self, requests: Sequence[Request], begun: Mapping[str, Sequence[Completion]] | None = None
+        self,
+        requests: Sequence[Request],
+        partials: Partials | None = None,
     ) -> AsyncIterator[Completion]:
         """Yields the n completions of each request as they finish (samples 0..n-1, in any order),
         each prompt computed once.
@@ -61,7 +66,7 @@ class Engine(Protocol):
         be served (prompt and `max_tokens` beyond the engine's length, a bad sampling value).
         Requests that are aborted leave the stream: it ends after those that were not.
 
-        begun: prompt id -> aborted completions of it. Of such a request only these samples are
+        partials: prompt id -> aborted completions of it. Of such a request only these samples are
         decoded, from where they stand (none of them at `max_tokens`): what they have keeps its
         log-probs and spans, and is read with the weights of now. They come back whole.
         """

@@ -107,7 +107,7 @@ class RolloutPool(Crew):
         if self._failure is not None:
             self._fail(self._failure)
         for i, share in sorted(self._dispatch.deal().items()):
-            self._seats[i].busy(len(share))
+            self._states[i].busy(len(share))
             self._begin(self._serve(i, share))
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
@@ -124,7 +124,7 @@ class RolloutPool(Crew):
 
     def _release(self, i: int, job: Job) -> None:
         self._dispatch.release(i, job)
-        self._seats[i].busy(len(self._dispatch.jobs[i]))
+        self._states[i].busy(len(self._dispatch.jobs[i]))
 
     async def _serve(self, i: int, share: Sequence[Job]) -> None:
         """Sends one request, `share`, to worker i and gathers its groups within the deadline.
@@ -135,11 +135,11 @@ class RolloutPool(Crew):
         """
         left = dict(enumerate(share))
         request = [(job.prompt, job.samples, job.sampling) for job in share]
-        begun = {job.prompt.id: tuple(job.episodes.going_on) for job in share}
+        partials = {job.prompt.id: tuple(job.episodes.going_on) for job in share}
         while True:
-            worker = self._seats[i].worker
+            worker = self._states[i].worker
             try:
-                await self._stream(i, worker, request, begun, left)
+                await self._stream(i, worker, request, partials, left)
                 return
             except LOST as error:
                 why = f"rollout worker {i}: {cause(error)}"
@@ -156,11 +156,11 @@ class RolloutPool(Crew):
                 return
 
     async def _stream(
-        self, i: int, worker: Any, request: Any, begun: Any, left: dict[int, Job]
+        self, i: int, worker: Any, request: Any, partials: Any, left: dict[int, Job]
     ) -> None:
         """Receives the groups that are `left` of a request as they become complete."""
         deadline = time.monotonic() + self._timeout
-        stream = worker.generate.options(num_returns="streaming").remote(request, begun)
+        stream = worker.generate.options(num_returns="streaming").remote(request, partials)
         try:
             while left:
                 reference = await asyncio.wait_for(anext(stream), deadline - time.monotonic())
@@ -189,7 +189,7 @@ class RolloutPool(Crew):
                 self._dispatch.backlog.extend(lost)
             self._fail(failure)
             return False
-        again = self._all_at_once and not self._seats[i].gone
+        again = self._all_at_once and not self._states[i].gone
         if self._all_at_once and not again:
             for job in lost:
                 if not job.cut:
@@ -265,8 +265,8 @@ class RolloutPool(Crew):
             job.was_cut((*job.episodes.ended, *job.episodes.going_on))
         self._next = [job for job in self._next if not job.cut]
         for i, mine in cut.items():
-            self._seats[i].busy(len(self._dispatch.jobs[i]))
-            self._begin(self._end(self._seats[i].worker, {job.prompt.id: job for job in mine}))
+            self._states[i].busy(len(self._dispatch.jobs[i]))
+            self._begin(self._end(self._states[i].worker, {job.prompt.id: job for job in mine}))
         self.submit([])
         self._next_turns()
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..kernels import platform
 from .actors import own_cards, use_node_interface
-from .engine import Engine, InFlight, Request, WorkerSpec, make_engine
+from .engine import Engine, InFlight, Partials, Request, WorkerSpec, make_engine
 from .environments import whole
 from .receiver import Receiver
 from .samples import Completion
@@ -59,10 +59,12 @@ class RolloutWorker:
         return os.getpid()
 
     async def generate(
-        self, requests: Sequence[Request], begun: Mapping[str, Sequence[Completion]] | None = None
+        self,
+        requests: Sequence[Request],
+        partials: Partials | None = None,
     ) -> AsyncIterator[Finished]:
-        """Groups as they become complete; begun: as of `GroupService.generate`."""
-        async for groups in self.service.generate(requests, begun):
+        """Groups as they become complete; partials: as of `GroupService.generate`."""
+        async for groups in self.service.generate(requests, partials):
             yield groups
 
     async def cut(self, prompt_ids: Collection[str]) -> list[tuple[Completion, ...]]:
@@ -143,17 +145,17 @@ class _Group:
 
     def __init__(self, given: Sequence[Completion]) -> None:
         self.finished: list[Completion] = []
-        self.begun = list(given)
+        self.partials = list(given)
         self._given = {completion.sample: completion for completion in given}
 
     def take(self) -> list[Completion]:
-        begun = self.begun
-        self.begun = []
-        return begun
+        partials = self.partials
+        self.partials = []
+        return partials
 
     def park(self, part: Completion) -> None:
         """Keeps a partial sample as an aborting engine returns it, without a loss mask."""
-        self.begun.append(whole(part, self._given.get(part.sample)))
+        self.partials.append(whole(part, self._given.get(part.sample)))
 
 
 class GroupService:
@@ -179,13 +181,15 @@ class GroupService:
         self._updating = asyncio.Lock()
 
     async def generate(
-        self, requests: Sequence[Request], begun: Mapping[str, Sequence[Completion]] | None = None
+        self,
+        requests: Sequence[Request],
+        partials: Partials | None = None,
     ) -> AsyncIterator[Finished]:
         """All samples of every request, submitted at once; yields groups as they become complete,
-        those together that do so within `LINGER`. A group that is cut does not come. begun: prompt
-        id -> as many samples as are asked for, which are to go on from where they stand; none: from
-        the prompt."""
-        given = begun or {}
+        those together that do so within `LINGER`. A group that is cut does not come. partials: of a
+        prompt as many samples as are asked for, which are to go on from where they stand; none:
+        from the prompt."""
+        given = partials or {}
         mine = {prompt.id: _Group(given.get(prompt.id, ())) for prompt, _, _ in requests}
         self._groups |= mine
         ready: Finished = []
@@ -229,8 +233,8 @@ class GroupService:
                 await self._open.wait_for(lambda: not self._updates)
             self._streams += 1
             try:
-                begun = {prompt.id: mine[prompt.id].take() for prompt, _, _ in left}
-                async for completion in self.engine.generate_all(left, begun):
+                partials = {prompt.id: mine[prompt.id].take() for prompt, _, _ in left}
+                async for completion in self.engine.generate_all(left, partials):
                     name = completion.prompt_id
                     if not under_way(name):
                         continue  # it was cut
@@ -329,7 +333,7 @@ class GroupService:
         groups = {name: self._groups.pop(name) for name in prompt_ids if name in self._groups}
         for completion in await self.engine.abort(list(groups)):
             groups[completion.prompt_id].park(completion)
-        return [(*group.finished, *group.begun) for group in groups.values()]
+        return [(*group.finished, *group.partials) for group in groups.values()]
 
     async def cut_all(self) -> None:
         """Ends everything that is under way."""

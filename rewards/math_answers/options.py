@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Literal
 
 
-class Outcome(StrEnum):
+class Comparison(StrEnum):
     """The result of a comparison. UNKNOWN: it cannot be decided; TOO_BIG: too big or too deep to
     compute."""
 
@@ -18,19 +18,19 @@ class Outcome(StrEnum):
     TOO_BIG = "too_big"
 
 
-def outcome(equal: bool) -> Outcome:
-    return Outcome.EQUAL if equal else Outcome.DIFFERENT
+def outcome(equal: bool) -> Comparison:
+    return Comparison.EQUAL if equal else Comparison.DIFFERENT
 
 
-def all_of(outcomes: Sequence[Outcome]) -> Outcome:
+def all_of(outcomes: Sequence[Comparison]) -> Comparison:
     """The outcome of a comparison all of whose parts must be equal."""
-    if Outcome.DIFFERENT in outcomes:
-        return Outcome.DIFFERENT
-    return Outcome.UNKNOWN if Outcome.UNKNOWN in outcomes else Outcome.EQUAL
+    if Comparison.DIFFERENT in outcomes:
+        return Comparison.DIFFERENT
+    return Comparison.UNKNOWN if Comparison.UNKNOWN in outcomes else Comparison.EQUAL
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Policy:
+class Options:
     """Conventions on which users differ; the defaults suit reinforcement learning on MATH-like
     data."""
 

@@ -21,7 +21,7 @@ from ..verdict import Status, Verdict, verifier_error
 from ..worker_pool import Answer, Ended, WorkerPool
 from .compare import compare
 from .extract import MAX_ANSWERS, extract
-from .options import Outcome, Policy, all_of
+from .options import Comparison, Options, all_of
 from .parser import TooDeep, Unreadable, parse
 from .references import (
     MAX_TEXT,
@@ -47,7 +47,7 @@ class _Decision:
     """The outcome of comparing the candidates with a reference, and the answers that need algebra
     for it."""
 
-    outcome: Outcome
+    outcome: Comparison
     open: tuple[str, ...] = ()
 
 
@@ -55,8 +55,8 @@ class MathReward(Reward):
     """Scores 1.0 if the final answer equals the reference, else 0.0. Thread-safe.
 
     `timeout`: processor seconds for one comparison by algebra; `concurrency`: worker processes;
-    `options`: fields of `Policy`, e.g. `units="ignore"`. Raises ValueError for an unknown option or
-    value.
+    `options`: fields of `Options`, e.g. `units="ignore"`. Raises ValueError for an unknown option
+    or value.
     """
 
     def __init__(self, *, timeout: float = 5.0, concurrency: int = 4, **options: Any) -> None:
@@ -132,7 +132,7 @@ class MathReward(Reward):
             asked = row.messages[-1]["content"] if row.messages else row.prompt
             candidates = tuple(as_choice(answer, asked) for answer in candidates)
         decision = self._decide(row.answer, candidates)
-        if decision.outcome is Outcome.EQUAL and row.prompt:
+        if decision.outcome is Comparison.EQUAL and row.prompt:
             reference = self._reference(row.answer)
             if any(is_copy(reference.tree, answer, row.prompt) for answer in candidates):
                 return Status.WRONG, "the answer is copied from the problem", ()
@@ -144,24 +144,24 @@ class MathReward(Reward):
     def _decide_exactly(self, gold: str, candidates: tuple[str, ...]) -> _Decision:
         if len(golds := accepted(gold)) > 1:
             decisions = [self._decide_exactly(each, candidates) for each in golds]
-            equal = (each for each in decisions if each.outcome is Outcome.EQUAL)
+            equal = (each for each in decisions if each.outcome is Comparison.EQUAL)
             return next(equal, decisions[0])
         reference, policy = self._reference(gold), self.policy
         whole = ", ".join(candidates)
-        if len(candidates) > 1 and compare(reference, whole, policy) is Outcome.EQUAL:
-            return _Decision(Outcome.EQUAL)
+        if len(candidates) > 1 and compare(reference, whole, policy) is Comparison.EQUAL:
+            return _Decision(Comparison.EQUAL)
         outcomes = [compare(reference, text, policy) for text in candidates]
         # Every candidate has to be right, or a box around each digit would pay (audit/hacks.py).
-        for decided in (Outcome.TOO_BIG, Outcome.DIFFERENT):
+        for decided in (Comparison.TOO_BIG, Comparison.DIFFERENT):
             if decided in outcomes:
                 return _Decision(decided)
         decided_texts = zip(candidates, outcomes, strict=True)
-        unknown = tuple(text for text, outcome in decided_texts if outcome is Outcome.UNKNOWN)
+        unknown = tuple(text for text, outcome in decided_texts if outcome is Comparison.UNKNOWN)
         if not unknown:
-            return _Decision(Outcome.EQUAL)
+            return _Decision(Comparison.EQUAL)
         if not all(needs_algebra(reference, answer, policy) for answer in unknown):
-            return _Decision(Outcome.UNKNOWN)
-        return _Decision(Outcome.UNKNOWN, unknown)
+            return _Decision(Comparison.UNKNOWN)
+        return _Decision(Comparison.UNKNOWN, unknown)
 
     def _compare_by_algebra(self, pairs: Sequence[_Pair]) -> dict[_Pair, Answer]:
         known = {pair: self._algebra[pair] for pair in pairs if pair in self._algebra}
@@ -177,7 +177,7 @@ class MathReward(Reward):
         return known | answers
 
 
-def needs_algebra(reference: Reference, answer: str, policy: Policy) -> bool:
+def needs_algebra(reference: Reference, answer: str, policy: Options) -> bool:
     """Whether algebra can decide what evaluation cannot: an answer against a reference that holds a
     sum, integral or limit."""
     if reference.tree is None or len(answer) > MAX_TEXT:
@@ -206,10 +206,10 @@ _SHAPES = (
     *(Kind.UNION, Kind.MATRIX),
 )
 _STATUS = {
-    Outcome.EQUAL: (Status.CORRECT, ""),
-    Outcome.DIFFERENT: (Status.WRONG, ""),
-    Outcome.UNKNOWN: (Status.UNKNOWN, "cannot be compared with the reference"),
-    Outcome.TOO_BIG: (Status.OVER_LIMIT, "too big or too deep to compute"),
+    Comparison.EQUAL: (Status.CORRECT, ""),
+    Comparison.DIFFERENT: (Status.WRONG, ""),
+    Comparison.UNKNOWN: (Status.UNKNOWN, "cannot be compared with the reference"),
+    Comparison.TOO_BIG: (Status.OVER_LIMIT, "too big or too deep to compute"),
 }
 
 
@@ -228,18 +228,18 @@ def _algebraic_verdict(answers: Sequence[Answer], seconds: float) -> Verdict:
     for ended in (Ended.TIMEOUT, Ended.MEMORY, Ended.CRASHED):
         if ended in ends:
             return _timed(Status.OVER_LIMIT, ends[ended].message, seconds)
-    return _timed(*_STATUS[all_of([Outcome(str(answer.value)) for answer in answers])], seconds)
+    return _timed(*_STATUS[all_of([Comparison(str(answer.value)) for answer in answers])], seconds)
 
 
-def _policy(options: dict[str, Any]) -> Policy:
-    hints = get_type_hints(Policy)
+def _policy(options: dict[str, Any]) -> Options:
+    hints = get_type_hints(Options)
     for name, value in options.items():
         if name not in hints:
-            known = ", ".join(field.name for field in fields(Policy))
+            known = ", ".join(field.name for field in fields(Options))
             raise ValueError(f"the math reward has no option {name!r}; it has {known}")
         allowed = get_args(hints[name])
         valid = value in allowed if allowed else isinstance(value, int) and value >= 0
         if not valid:
             choice = " or ".join(map(repr, allowed)) or "a count, 0 or more"
             raise ValueError(f"{name} is {value!r}; it must be {choice}")
-    return Policy(**options)
+    return Options(**options)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .options import Outcome, Policy, outcome
+from .options import Comparison, Options, outcome
 from .tree import Kind, Node, has, number, number_of, rename, variables, walk
 from .units import DEGREE, PERCENT, Unit, may_be, read_unit, same_count, words
 from .values import Reading, Value, exact, precise, signature
@@ -44,7 +44,7 @@ def amount(node: Node) -> Amount:
     return Amount(Node(node.kind, (*others, last.args[0])), last.data)
 
 
-def same_scalar(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Outcome:
+def same_scalar(gold: Node, answer: Node, policy: Options, computed: bool = False) -> Comparison:
     """Compares two scalars and their units. `computed`: the answer was obtained here by expanding
     `+-`, so that it need not be written as a plain number."""
     ours, theirs = amount(gold), amount(answer)
@@ -58,7 +58,7 @@ def same_scalar(gold: Node, answer: Node, policy: Policy, computed: bool = False
     strict = policy.unsimplified == "reject" and not computed
     # An unevaluated expression, as `\log_2 8` for 3, may be the problem itself copied into the box.
     if strict and is_literal(ours.core) and not is_literal(theirs.core, ours.core):
-        return Outcome.DIFFERENT
+        return Comparison.DIFFERENT
     return _same_amount(ours, theirs, policy)
 
 
@@ -94,27 +94,27 @@ def _spell_unit(node: Node) -> str | None:
     return None
 
 
-def _same_amount(ours: Amount, theirs: Amount, policy: Policy) -> Outcome:
+def _same_amount(ours: Amount, theirs: Amount, policy: Options) -> Comparison:
     a, b = ours.unit, theirs.unit
     if a is not None and b is not None and (a.measures or b.measures):
         if a.measures and b.measures:
             if a.dimension != b.dimension:
-                return Outcome.DIFFERENT
+                return Comparison.DIFFERENT
             if math.isclose(a.factor, b.factor, rel_tol=1e-12):
                 return same_value(ours.core, theirs.core, policy)
             return _same_scaled(ours, theirs)
         counted, measured = (b, a) if a.measures else (a, b)
         if not may_be(counted, measured):
-            return Outcome.DIFFERENT
+            return Comparison.DIFFERENT
         return same_value(ours.core, theirs.core, policy)
     if a is not None and b is not None and not same_count(a, b):
-        return Outcome.DIFFERENT
+        return Comparison.DIFFERENT
     outcomes = []
     if policy.percent == "either" or PERCENT not in (a, b):
         outcomes.append(same_value(ours.core, theirs.core, policy))
     if a != b and {a, b} & {PERCENT, DEGREE}:  # 10% is 1/10 as well as 10, 180 degrees are pi
         outcomes.append(same_value(_scaled(ours), _scaled(theirs), policy))
-    return Outcome.EQUAL if Outcome.EQUAL in outcomes else outcomes[0]
+    return Comparison.EQUAL if Comparison.EQUAL in outcomes else outcomes[0]
 
 
 def _scaled(side: Amount) -> Node:
@@ -122,17 +122,17 @@ def _scaled(side: Amount) -> Node:
     return Node(Kind.QUANTITY, (side.core,), side.unit) if scaled else side.core
 
 
-def _same_scaled(ours: Amount, theirs: Amount) -> Outcome:
+def _same_scaled(ours: Amount, theirs: Amount) -> Comparison:
     """Compares measures in different units of a dimension, as 5 m and 500 cm."""
     assert ours.unit is not None and theirs.unit is not None
     reading = Reading.of(ours.core, theirs.core)
     for x, y in zip(signature(ours.core, reading), signature(theirs.core, reading), strict=False):
         if x is None or y is None:
-            return Outcome.UNKNOWN
+            return Comparison.UNKNOWN
         a, b = complex(x) * ours.unit.factor, complex(y) * theirs.unit.factor
         if abs(a - b) > 1e-9 * max(abs(a), abs(b)):
-            return Outcome.DIFFERENT
-    return Outcome.EQUAL
+            return Comparison.DIFFERENT
+    return Comparison.EQUAL
 
 
 _FREE = words("n k m l j p N K Z t C c A B c_1 c_2 C_1 C_2 K_1 K_2 k_1 k_2")
@@ -158,33 +158,35 @@ def _is_term(node: Node, name: str) -> bool:
     return node.kind is Kind.SUM and any(term == Node(Kind.NAME, (), name) for term in node.args)
 
 
-def same_value(gold: Node, answer: Node, policy: Policy | None) -> Outcome:
+def same_value(gold: Node, answer: Node, policy: Options | None) -> Comparison:
     """Compares the values of two scalars without units, up to rounding as `policy` allows (None:
     not at all). Raises TooBig."""
     if gold == answer:
-        return Outcome.EQUAL
+        return Comparison.EQUAL
     if gold.kind is answer.kind is Kind.NUMBER:
         if number_of(gold) == number_of(answer):
-            return Outcome.EQUAL
+            return Comparison.EQUAL
         return outcome(
             policy is not None and _rounds(gold, answer, number_of(gold), number_of(answer), policy)
         )
     if has(gold, Kind.DOTS, Kind.TEXT, Kind.VERBATIM) or has(
         answer, Kind.DOTS, Kind.TEXT, Kind.VERBATIM
     ):
-        return Outcome.UNKNOWN
+        return Comparison.UNKNOWN
     reading = Reading.of(gold, answer)
     ours, theirs = signature(gold, reading), signature(answer, reading)
     if len(ours) == 1 and len(theirs) == 1:
         a, b = ours[0], theirs[0]
         if a is None or b is None:
-            return Outcome.UNKNOWN
+            return Comparison.UNKNOWN
         if _close(a, b) and _confirmed(gold, answer, 0, reading):
-            return Outcome.EQUAL
+            return Comparison.EQUAL
         return outcome(policy is not None and _rounds(gold, answer, a, b, policy))
     # Sums and integrals have no value here, only a number made of their parts: a difference proves
     # nothing.
-    opaque = Outcome.UNKNOWN if has(gold, Kind.BIG) or has(answer, Kind.BIG) else Outcome.DIFFERENT
+    opaque = (
+        Comparison.UNKNOWN if has(gold, Kind.BIG) or has(answer, Kind.BIG) else Comparison.DIFFERENT
+    )
     # a side without variables has one value, which holds at every point
     count = max(len(ours), len(theirs))
     agreed = []
@@ -197,12 +199,12 @@ def same_value(gold: Node, answer: Node, policy: Policy | None) -> Outcome:
             return opaque
         agreed.append(point)
     if len(agreed) < 2:
-        return Outcome.UNKNOWN
+        return Comparison.UNKNOWN
     if not all(
         _confirmed(gold, answer, point, reading) for point in agreed[:: max(1, len(agreed) // 3)]
     ):
         return opaque
-    return Outcome.EQUAL
+    return Comparison.EQUAL
 
 
 def _confirmed(gold: Node, answer: Node, point: int, reading: Reading) -> bool:
@@ -236,7 +238,7 @@ def _inexact(value: Fraction, like: Value) -> Value:
     return like.context.mpf(value.numerator) / like.context.mpf(value.denominator)
 
 
-def _rounds(gold: Node, answer: Node, a: Value, b: Value, policy: Policy) -> bool:
+def _rounds(gold: Node, answer: Node, a: Value, b: Value, policy: Options) -> bool:
     """Whether one of two numbers is a decimal that rounds the other. A decimal answer to an exact
     reference needs `policy.rounding` significant digits, and the reference must not be a short
     decimal. A decimal reference of three digits or more takes an exact answer within one unit of

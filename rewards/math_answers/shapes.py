@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise, product
 
-from .options import Outcome, outcome
+from .options import Comparison, outcome
 from .tree import INFINITY, Kind, Node, negative, variables
 from .values import exact
 
@@ -194,7 +194,7 @@ def words_of(node: Node) -> list[str]:
     return [part for word in kept for part in _SPELLED.get(word, [word])]
 
 
-def same_letters(gold: Node, answer: Node) -> Outcome | None:
+def same_letters(gold: Node, answer: Node) -> Comparison | None:
     """Compares capitals in a row with letters: AB is A, B; another order of letters is another
     answer. None: to be compared by value."""
     if gold.kind is Kind.RUN and answer.kind is Kind.RUN:
@@ -210,13 +210,13 @@ def same_letters(gold: Node, answer: Node) -> Outcome | None:
     return None
 
 
-def same_clock(gold: Node, answer: Node) -> Outcome:
+def same_clock(gold: Node, answer: Node) -> Comparison:
     """Compares clock times: 10:30 AM is 10:30 AM or just 10:30."""
     if gold.kind is answer.kind is Kind.CLOCK:
         return outcome(gold.data == answer.data)
     clock, other = (gold, answer) if gold.kind is Kind.CLOCK else (answer, gold)
     if other.kind is not Kind.RATIO or len(other.args) != 2 or not isinstance(clock.data, int):
-        return Outcome.DIFFERENT
+        return Comparison.DIFFERENT
     hour, minute = divmod(clock.data, 60)
     hours, minutes = (exact(a) for a in other.args)
     return outcome(minutes == minute and hours in (hour, (hour - 1) % 12 + 1))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .options import Outcome, Policy, outcome
+from .options import Comparison, Options, outcome
 from .rationals import Undefined
 from .scalars import amount, is_literal, same_scalar, same_value
 from .shapes import NUMBER_SETS, is_name, whole_set
@@ -130,20 +130,20 @@ def _declares(node: Node) -> bool:
 
 def same_conditions(
     gold: Node, ours: tuple[tuple[str, ...], ...], theirs: tuple[tuple[str, ...], ...]
-) -> Outcome:
+) -> Comparison:
     """Compares conditions. One that only declares a letter may be missing on either side."""
     if ours == theirs:
-        return Outcome.EQUAL
+        return Comparison.EQUAL
     if ours and theirs and sorted(map(_essence, ours)) == sorted(map(_essence, theirs)):
-        return Outcome.EQUAL
+        return Comparison.EQUAL
     if is_plain(gold):
-        return Outcome.DIFFERENT
+        return Comparison.DIFFERENT
     if ours and theirs and len({tuple(sorted(_number_sets(side))) for side in (ours, theirs)}) > 1:
-        return Outcome.DIFFERENT
+        return Comparison.DIFFERENT
     return (
-        Outcome.EQUAL
+        Comparison.EQUAL
         if all(_is_declaration(condition) for condition in (*ours, *theirs))
-        else Outcome.UNKNOWN
+        else Comparison.UNKNOWN
     )
 
 
@@ -228,14 +228,14 @@ def solves(equation: Node, name: str, solution: Node) -> bool:
     # the second difference is 0 if the equation is linear in the name
     bend = Node(Kind.SUM, (sides[0], Node(Kind.PRODUCT, (number(-2), sides[1])), sides[2]))
     zero = number(0)
-    return same_value(sides[0], zero, None) is same_value(bend, zero, None) is Outcome.EQUAL
+    return same_value(sides[0], zero, None) is same_value(bend, zero, None) is Comparison.EQUAL
 
 
-def proportional(gold: Node, answer: Node, positive: bool) -> Outcome:
+def proportional(gold: Node, answer: Node, positive: bool) -> Comparison:
     """Compares two equations or inequalities: the differences of their sides must be a constant
     multiple of each other, for inequalities a positive one."""
     if variables(gold) != variables(answer):
-        return Outcome.DIFFERENT
+        return Comparison.DIFFERENT
     sides = [Node(Kind.SUM, (n.args[0], negative(n.args[1]))) for n in (gold, answer)]
     reading = Reading.of(gold, answer)
     ratios: list[complex] = []
@@ -245,14 +245,16 @@ def proportional(gold: Node, answer: Node, positive: bool) -> Outcome:
         x, y = complex(a), complex(b)
         if abs(x) < 1e-9 or abs(y) < 1e-9:
             if abs(x) > 1e-6 or abs(y) > 1e-6:
-                return Outcome.DIFFERENT
+                return Comparison.DIFFERENT
             continue
         ratios.append(x / y)
     if len(ratios) < 2:
-        return Outcome.UNKNOWN
+        return Comparison.UNKNOWN
     if any(abs(r - ratios[0]) > 1e-9 * abs(ratios[0]) for r in ratios):
         return (
-            Outcome.UNKNOWN if has(gold, Kind.BIG) or has(answer, Kind.BIG) else Outcome.DIFFERENT
+            Comparison.UNKNOWN
+            if has(gold, Kind.BIG) or has(answer, Kind.BIG)
+            else Comparison.DIFFERENT
         )
     return outcome(not positive or ratios[0].real > 0)
 
@@ -267,9 +269,9 @@ def agree(a: Node, b: Node) -> bool | None:
     unknown."""
     try:
         ours, theirs = amount(a), amount(b)
-        outcome = same_value(ours.core, theirs.core, Policy())
-        if outcome is Outcome.DIFFERENT and ours.unit != theirs.unit:
-            outcome = same_scalar(a, b, Policy(unsimplified="accept"))
+        outcome = same_value(ours.core, theirs.core, Options())
+        if outcome is Comparison.DIFFERENT and ours.unit != theirs.unit:
+            outcome = same_scalar(a, b, Options(unsimplified="accept"))
     except Undefined:
         return None
-    return None if outcome is Outcome.UNKNOWN else outcome is Outcome.EQUAL
+    return None if outcome is Comparison.UNKNOWN else outcome is Comparison.EQUAL

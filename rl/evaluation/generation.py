@@ -32,7 +32,7 @@ async def sampled(
     """
     budgets = () if thoughts is None else thoughts.settings.budgets
     kept: dict[Key, list[Completion]] = {}
-    begun: dict[Key, dict[int, Completion]] = {}
+    partials: dict[Key, dict[int, Completion]] = {}
     jobs = [Job(prompt=prompt, n=n, sampling=sampling) for prompt in prompts]
     pending: dict[asyncio.Future[tuple[Completion, ...]], Key] = {
         job.outcome: (index, None) for index, job in enumerate(jobs)
@@ -46,7 +46,7 @@ async def sampled(
                 yield (
                     index,
                     budget,
-                    _joined(prompts[index].id, decoded, (index, budget), kept, begun),
+                    _joined(prompts[index].id, decoded, (index, budget), kept, partials),
                 )
                 continue
             yield index, None, decoded
@@ -56,9 +56,9 @@ async def sampled(
                 prompt = replace(prompts[index], id=f"{prompts[index].id}#{budget}")
                 cuts = [thoughts.cut(prompt, completion, budget) for completion in decoded]
                 kept[key] = [c for c, cut in zip(decoded, cuts, strict=True) if cut is None]
-                begun[key] = {cut.sample: cut for cut in cuts if cut is not None}
-                if not (parts := tuple(begun[key].values())):
-                    yield index, budget, _joined(prompts[index].id, (), key, kept, begun)
+                partials[key] = {cut.sample: cut for cut in cuts if cut is not None}
+                if not (parts := tuple(partials[key].values())):
+                    yield index, budget, _joined(prompts[index].id, (), key, kept, partials)
                     continue
                 episodes = GroupEpisodes(going_on=parts)
                 job = Job(prompt=prompt, n=len(parts), sampling=sampling, episodes=episodes)
@@ -71,10 +71,10 @@ def _joined(
     decoded: Sequence[Completion],
     key: Key,
     kept: dict[Key, list[Completion]],
-    begun: dict[Key, dict[int, Completion]],
+    partials: dict[Key, dict[int, Completion]],
 ) -> tuple[Completion, ...]:
     """The group of one budget, in sample order: answers that kept within it, and continuations of
-    the others. Removes the group from `kept` and `begun`."""
-    before = begun.pop(key)
+    the others. Removes the group from `kept` and `partials`."""
+    before = partials.pop(key)
     cut = [replace(whole(c, before[c.sample]), prompt_id=prompt_id) for c in decoded]
     return tuple(sorted([*kept.pop(key), *cut], key=lambda completion: completion.sample))

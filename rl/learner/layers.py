@@ -89,7 +89,6 @@ def _usual(layer: Any) -> bool:
 def _distance(layer: Any, config: Any, ours: Forward, device: torch.device) -> float:
     """The largest relative distance between the replaced and the own forward of a copy of the
     layer, of output and gradient for 24 random tokens."""
-    before = layer.self_attn.config._attn_implementation
     layer = copy.deepcopy(layer).to(device, torch.bfloat16)
     layer.self_attn.config._attn_implementation = "sdpa"
     attention, generator = layer.self_attn, torch.Generator().manual_seed(0)
@@ -104,7 +103,6 @@ def _distance(layer: Any, config: Any, ours: Forward, device: torch.device) -> f
         out = forward(layer, given, position_embeddings=turns)
         (gradient,) = torch.autograd.grad(out, given, x.flip(1))
         distances.append((out.detach().float() - x, gradient.float() - x.flip(1)))
-    config._attn_implementation = before
     return max(
         float((a - b).norm() / b.norm().clamp(min=1e-6)) for a, b in zip(*distances, strict=True)
     )

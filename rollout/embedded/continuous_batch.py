@@ -99,16 +99,16 @@ class ContinuousBatch:
         n: int,
         sampling: Sampling,
         deliver: Deliver,
-        begun: Sequence[Completion] = (),
+        partials: Sequence[Completion] = (),
     ) -> None:
-        """Queues n samples, or instead the partial completions `begun` to go on from; `deliver` is
+        """Queues n samples, or instead the completions `partials` to go on from; `deliver` is
         called with each as it ends, within `step`. A partial completion keeps its tokens, log-probs
         and spans, and its next draws are those that it would have had."""
         self.check(prompt, n, sampling)
         stop = self._stop_strings.matcher(sampling.stop)
-        if not begun:
+        if not partials:
             self._waiting.append(WaitingRequest(prompt, range(n), sampling, deliver, stop))
-        for part in begun:
+        for part in partials:
             assert part.prompt_id == prompt.id and len(part) < sampling.max_tokens
             self._waiting.append(
                 WaitingRequest(prompt, (part.sample,), sampling, deliver, stop, part)
@@ -173,7 +173,7 @@ class ContinuousBatch:
         for request in filter(hit, list(self._waiting)):
             self._waiting.remove(request)
             for index in request.left:
-                partial.append(request.begun or unstarted(request.prompt.id, index))
+                partial.append(request.partial or unstarted(request.prompt.id, index))
                 request.deliver(partial[-1])
         return partial
 
@@ -215,14 +215,14 @@ class ContinuousBatch:
         draws = uniforms(keys, length, length + sampling.max_tokens)
         rows = slice(start, stop)
         have = 0
-        if (begun := request.begun) is not None:
-            have = len(begun)
-            self._active[start].spans = list(begun.spans)
-            self._active[start].started = begun.started
-            self._tokens[start, length : length + have] = torch.from_numpy(begun.token_ids)
-            self._logprobs[start, length : length + have] = torch.from_numpy(begun.logprobs)
+        if (part := request.partial) is not None:
+            have = len(part)
+            self._active[start].spans = list(part.spans)
+            self._active[start].started = part.started
+            self._tokens[start, length : length + have] = torch.from_numpy(part.token_ids)
+            self._logprobs[start, length : length + have] = torch.from_numpy(part.logprobs)
             if request.stop is not None:
-                self._active[start].tail = request.stop.tail(begun.open_turn)
+                self._active[start].tail = request.stop.tail(part.open_turn)
         self._uniforms[rows, length : length + sampling.max_tokens] = torch.from_numpy(draws)
         self._positions[rows] = length + have
         self._last[rows] = length + sampling.max_tokens - 1

@@ -27,7 +27,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..engine import Request
+from ..engine import Partials, Request
 from ..samples import Completion, Prompt, Sampling
 from ..stops import StopStrings
 from ..weights.canary import Canary
@@ -189,10 +189,10 @@ class EmbeddedEngine:
     # The synchronous way.
 
     def submit(
-        self, prompt: Prompt, n: int, sampling: Sampling, begun: Sequence[Completion] = ()
+        self, prompt: Prompt, n: int, sampling: Sampling, partials: Sequence[Completion] = ()
     ) -> None:
-        """Queues n samples for `run` or `step`, or instead the partial completions `begun`."""
-        self._batch.submit(prompt, n, sampling, self._finished.append, begun)
+        """Queues n samples for `run` or `step`, or instead the partial completions `partials`."""
+        self._batch.submit(prompt, n, sampling, self._finished.append, partials)
 
     def so_far(self) -> list[Completion]:
         """Partial completions of the samples in slots, to be shown while they are decoded."""
@@ -223,18 +223,22 @@ class EmbeddedEngine:
     # The protocol `Engine`.
 
     async def generate_all(
-        self, requests: Sequence[Request], begun: Mapping[str, Sequence[Completion]] | None = None
+        self,
+        requests: Sequence[Request],
+        partials: Partials | None = None,
     ) -> AsyncIterator[Completion]:
-        begun = begun or {}
+        partials = partials or {}
         self._check_serving()
         for request in requests:
             self._batch.check(*request)
         stream = _Stream()
         self._streams.add(stream)
-        self._inbox.extend((request, begun.get(request[0].id, ()), stream) for request in requests)
+        self._inbox.extend(
+            (request, partials.get(request[0].id, ()), stream) for request in requests
+        )
         if self._driver is None or self._driver.done():
             self._driver = asyncio.create_task(self._drive())
-        left = sum(len(begun.get(prompt.id, ())) or n for prompt, n, _ in requests)
+        left = sum(len(partials.get(prompt.id, ())) or n for prompt, n, _ in requests)
         try:
             while left:
                 outcome = await stream.outcomes.get()
@@ -344,8 +348,8 @@ class EmbeddedEngine:
 
     def _take_inbox(self) -> None:
         while self._inbox:
-            (prompt, n, sampling), begun, stream = self._inbox.popleft()
-            self._batch.submit(prompt, n, sampling, stream.deliver, begun)
+            (prompt, n, sampling), partials, stream = self._inbox.popleft()
+            self._batch.submit(prompt, n, sampling, stream.deliver, partials)
 
     def _abort(self, select: Callable[[Prompt, Deliver], bool]) -> list[Completion]:
         self._take_inbox()

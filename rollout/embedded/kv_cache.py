@@ -152,7 +152,7 @@ class WaitingRequest:
     sampling: Sampling
     deliver: Deliver
     stop: StopMatcher | None = None
-    begun: Completion | None = None
+    partial: Completion | None = None
     """The partial completion from which this request's only sample goes on."""
     placed: int = 0
     """Number of samples that were given a slot."""
@@ -163,7 +163,7 @@ class WaitingRequest:
     def token_ids(self) -> tuple[int, ...]:
         """The tokens to prefill: the prompt, and those of the partial completion."""
         return self.prompt.token_ids + (
-            () if self.begun is None else tuple(self.begun.token_ids.tolist())
+            () if self.partial is None else tuple(self.partial.token_ids.tolist())
         )
 
     @property

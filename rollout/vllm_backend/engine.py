@@ -34,7 +34,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..embedded.sampling import check_request
-from ..engine import Request
+from ..engine import Partials, Request
 from ..samples import Completion
 from ..stops import StopStrings
 from ..weights.canary import Canary
@@ -56,9 +56,9 @@ from .server import RunningServer
 
 ABORT_AGAIN = 0.1
 """Seconds after which an abort is repeated for requests that were still on their way to vLLM."""
-LOOK = 0.5
+POLL_S = 0.5
 """Seconds between two checks of the watchdog."""
-SLOWEST = 1.0
+MAX_TOKEN_S = 1.0
 """Most seconds that a token of a running sample may take on average."""
 
 
@@ -82,10 +82,10 @@ class VLLMEngine:
 
         run_id, version: as of `EmbeddedEngine`. deadline_s: the longest time for one step of a
         weight update, a pause or an abort, and without any token while samples run; a sample has,
-        from its first token, that and `SLOWEST` for each token it may have. server: the address of
-        a running vLLM to use instead of starting one (`server.py`), with a directory that both see
-        if they are on two machines. Raises ValueError and EngineLostError as of `process.start` and
-        `server.connect`.
+        from its first token, that and `MAX_TOKEN_S` for each token it may have. server: the address
+        of a running vLLM to use instead of starting one (`server.py`), with a directory that both
+        see if they are on two machines. Raises ValueError and EngineLostError as of `process.start`
+        and `server.connect`.
         """
         self._settings = settings
         self._deadline = deadline_s
@@ -152,7 +152,9 @@ class VLLMEngine:
     # The protocol `Engine`.
 
     async def generate_all(
-        self, requests: Sequence[Request], begun: Mapping[str, Sequence[Completion]] | None = None
+        self,
+        requests: Sequence[Request],
+        partials: Partials | None = None,
     ) -> AsyncIterator[Completion]:
         self._check_serving()
         for request in requests:
@@ -163,12 +165,12 @@ class VLLMEngine:
             )
         outcomes: asyncio.Queue[Completion | BaseException] = asyncio.Queue()
         tasks = []
-        for sample in samples_of(requests, begun or {}, outcomes, self._stop_strings):
+        for sample in samples_of(requests, partials or {}, outcomes, self._stop_strings):
             tasks.append(task := asyncio.create_task(self._serve(sample)))
             self._tasks[task] = sample
             task.add_done_callback(self._tasks.pop)
         if self._watch is None or self._watch.done():
-            self._watch = asyncio.create_task(self._look())
+            self._watch = asyncio.create_task(self._watchdog())
         try:
             for _ in tasks:
                 outcome = await outcomes.get()
@@ -202,7 +204,7 @@ class VLLMEngine:
                 raise TimeoutError(
                     f"vLLM engine: {len(left)} samples were not aborted within {self._deadline:g} s"
                 )
-        return [sample.partial for sample in chosen.values() if sample.partial is not None]
+        return [sample.aborted for sample in chosen.values() if sample.aborted is not None]
 
     async def probe(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         self._check_serving()
@@ -260,7 +262,7 @@ class VLLMEngine:
             outcome = error
         await self._weights.audited.wait()
         if isinstance(outcome, Completion) and outcome.finish_reason == "abort":
-            sample.partial = outcome
+            sample.aborted = outcome
         sample.outcomes.put_nowait(outcome)
 
     async def _decode(self, sample: LiveSample) -> Completion:
@@ -313,14 +315,14 @@ class VLLMEngine:
         with suppress(EngineLostError, RuntimeError):
             await self._llm.abort([request_id])
 
-    async def _look(self) -> None:
+    async def _watchdog(self) -> None:
         """The watchdog: replaces an engine from which no token comes, or of which a sample takes
         too long. Time counts only while the engine serves. Ends when there are no samples."""
         came, since = self.tokens_decoded, self._served_s
         while self._tasks:
-            await asyncio.sleep(LOOK)
+            await asyncio.sleep(POLL_S)
             if self._weights.state == "serving":
-                self._served_s += LOOK
+                self._served_s += POLL_S
             if self.tokens_decoded != came or not self.sent:
                 came, since = self.tokens_decoded, self._served_s
             late = [
@@ -340,7 +342,7 @@ class VLLMEngine:
                 )
 
     def _allowed(self, sample: LiveSample) -> float:
-        return self._deadline + SLOWEST * sample.sampling.max_tokens
+        return self._deadline + MAX_TOKEN_S * sample.sampling.max_tokens
 
     # Losses.
 

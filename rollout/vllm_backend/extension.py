@@ -31,7 +31,7 @@ from .compat import OWNER, installed_version, labels_tokens, repack_tied_head
 from .cpu_linear import install
 from .graphs import MOVED, captures, check_in_place, places
 from .placed import PlacedChanges, PlacedModel
-from .shared_memory import Entry, read_mirror, read_parcel, write_mirror
+from .shared_memory import Entry, read_changes, read_mirror, write_mirror
 from .transfer_api import check_communicator, register_gloo, update_weights
 
 
@@ -111,7 +111,7 @@ class WeightExtension:
         return self._emberl_placed.reasons
 
     def emberl_find(self, path: str, entries: Sequence[Sequence[Any]]) -> str:
-        """Begins, beside decoding, to check the changes of the parcel at `path` and to locate them.
+        """Begins, beside decoding, to check the changes of the file at `path` and to locate them.
         Returns "", or the reason why it cannot begin."""
         placed = self._emberl_placed
         if placed is None:
@@ -123,7 +123,7 @@ class WeightExtension:
             return f"{elsewhere[0]} lies elsewhere than it did"
 
         def find() -> None:
-            changes = read_parcel(path, entries)
+            changes = read_changes(path, entries)
             self._emberl_changes = placed.find(changes, torch.get_num_threads())
 
         self._emberl_work = Work(find)

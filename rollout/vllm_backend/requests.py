@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..embedded.sampling import stream_key
-from ..engine import Request
+from ..engine import Partials, Request
 from ..samples import Completion, FinishReason, Prompt, Sampling, Span, merge_spans
 from ..stops import StopMatcher, StopStrings
 
@@ -63,11 +63,11 @@ class LiveSample:
     outcomes: asyncio.Queue[Completion | BaseException]
     """The queue for its completion, or for the error that ended it."""
     stop: StopMatcher | None = None
-    begun: Completion | None = None
+    partial: Completion | None = None
     """The tokens with which it was requested, and from which it continues."""
     request_id: str = ""
     tokens: int = 0
-    """Tokens beyond `begun` that have come so far."""
+    """Tokens beyond `partial` that have come so far."""
     tail: bytes | None = b""
     """The state of the stop matcher; None: a stop string is complete."""
     stopped: int | None = None
@@ -83,28 +83,28 @@ class LiveSample:
     """Whether the result of the current request is to be discarded, and the sample sent again."""
     unwanted: bool = False
     """Whether it was aborted."""
-    partial: Completion | None = None
+    aborted: Completion | None = None
 
     @property
     def token_ids(self) -> list[int]:
-        """The tokens that an engine reads before it decodes: those of the prompt and of `begun`."""
+        """The tokens that an engine reads before it decodes: the prompt's and `partial`'s."""
         return [
             *self.prompt.token_ids,
-            *(() if self.begun is None else self.begun.token_ids.tolist()),
+            *(() if self.partial is None else self.partial.token_ids.tolist()),
         ]
 
     @property
     def wanted(self) -> int:
         """Tokens that may still come."""
-        return self.sampling.max_tokens - (0 if self.begun is None else len(self.begun))
+        return self.sampling.max_tokens - (0 if self.partial is None else len(self.partial))
 
     @property
     def seed(self) -> int:
         """The seed of its draws, of 63 bits as torch takes it."""
         key = stream_key(self.sampling.seed, self.prompt.id, self.number)
-        if self.begun is not None and len(self.begun):
+        if self.partial is not None and len(self.partial):
             # another seed, since a continuation must not repeat the draws of its beginning
-            key = stream_key(key, self.prompt.id, len(self.begun))
+            key = stream_key(key, self.prompt.id, len(self.partial))
         return key >> 1
 
     def send_as(self, request_id: str) -> None:
@@ -115,8 +115,8 @@ class LiveSample:
         self.restart = False
         self.tail = b""
         self.stopped = None
-        if self.stop is not None and self.begun is not None:
-            self.tail = self.stop.tail(self.begun.open_turn)
+        if self.stop is not None and self.partial is not None:
+            self.tail = self.stop.tail(self.partial.open_turn)
 
     def take(self, token_ids: Sequence[int]) -> bool:
         """Counts tokens as they come; True if one of them completes a stop string, after which no
@@ -169,7 +169,7 @@ class LiveSample:
             assert end <= count, f"{count} tokens came of {end} up to a stop string"
             token_ids, logprobs = token_ids[:end], logprobs[:end]
             spans = [Span(v, first, min(last, end)) for v, first, last in spans]
-        started, before = self.started, self.begun
+        started, before = self.started, self.partial
         if before is not None:
             had = len(before)
             token_ids, logprobs = (
@@ -196,15 +196,15 @@ class LiveSample:
 
 def samples_of(
     requests: Sequence[Request],
-    begun: Mapping[str, Sequence[Completion]],
+    partials: Partials,
     outcomes: asyncio.Queue[Completion | BaseException],
     stop_strings: StopStrings,
 ) -> Iterator[LiveSample]:
-    """Yields every sample of these requests; of a prompt in `begun` only the ones there, each as a
-    continuation."""
+    """Yields every sample of these requests; of a prompt in `partials` only the ones there, to go
+    on."""
     for prompt, n, sampling in requests:
         stop = stop_strings.matcher(sampling.stop)
-        parts: Sequence[Completion | None] = begun.get(prompt.id) or [None] * n
+        parts: Sequence[Completion | None] = partials.get(prompt.id) or [None] * n
         for index, part in enumerate(parts):
             assert part is None or (part.prompt_id == prompt.id and len(part) < sampling.max_tokens)
             number = index if part is None else part.sample
@@ -214,5 +214,5 @@ def samples_of(
                 sampling=sampling,
                 outcomes=outcomes,
                 stop=stop,
-                begun=part,
+                partial=part,
             )

@@ -215,12 +215,12 @@ def write_mirror(path: str, entry: Entry, data: Bytes) -> None:
         file.write(data.data)
 
 
-class Parcel:
+class SharedChanges:
     """The changes of one update, in memory that an engine's processes read."""
 
     def __init__(self, changes: Mapping[str, TensorChange], directory: str | None = None) -> None:
         """directory: as of `Mirror`."""
-        self._memory = SharedFile("emberl-parcel", directory)
+        self._memory = SharedFile("emberl-changes", directory)
         self.entries: list[list[Any]] = []
         """[name, dtype, shape, changes, width of a position, checksum, start] of each."""
         position = 0
@@ -243,8 +243,8 @@ class Parcel:
         self._memory.close()
 
 
-def read_parcel(path: str, entries: Iterable[Sequence[Any]]) -> dict[str, TensorChange]:
-    """The changes of another process's parcel, as views."""
+def read_changes(path: str, entries: Iterable[Sequence[Any]]) -> dict[str, TensorChange]:
+    """The changes that another process shares, as views."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""

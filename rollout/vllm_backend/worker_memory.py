@@ -14,7 +14,7 @@ from ..weights.changes import piecewise
 from ..weights.patch import DigestMismatchError, MovedError, TensorChange
 from .graphs import MOVED
 from .placed import layer_of
-from .shared_memory import Mirror, Parcel
+from .shared_memory import Mirror, SharedChanges
 
 FIRST_LOOK, LAST_LOOK = 0.005, 0.1
 """Seconds between two checks whether the processes are done; they double from the first to the
@@ -84,17 +84,17 @@ class InPlace:
     async def find(self, changes: Mapping[str, TensorChange]) -> None:
         """Has every process check and locate the changes. Raises DigestMismatchError or MovedError,
         with the tensor's name, if one refuses; nothing has changed then."""
-        parcel = await asyncio.to_thread(Parcel, changes, self._directory)
+        shared = await asyncio.to_thread(SharedChanges, changes, self._directory)
         try:
-            begun = await self._call("find", "emberl_find", parcel.path, parcel.entries)
-            for problem in filter(None, begun):
+            problems = await self._call("find", "emberl_find", shared.path, shared.entries)
+            for problem in filter(None, problems):
                 self.forget()
                 if problem.startswith(MOVED):
                     raise MovedError(problem)
                 raise RuntimeError(problem)
             await self._done("find")
         finally:
-            parcel.close()
+            shared.close()
 
     async def write(self) -> None:
         """Writes the changes of `find`. Raises DigestMismatchError if some process refuses; others
@@ -119,16 +119,16 @@ class InPlace:
             raise DigestMismatchError(problem)
 
     def canary(self, names: Iterable[str], canary: Canary) -> Iterator[dict[str, TensorChange]]:
-        """Yields the changes that turn these tensors of the mirror into the canary, a parcel at a
+        """Yields the changes that turn these tensors of the mirror into the canary, a part at a
         time."""
-        parcel: dict[str, TensorChange] = {}
+        part: dict[str, TensorChange] = {}
         for name in names:
             before = self._mirror.tensor(name)
             for change in piecewise(before, altered(name, before, canary)):
-                size = sum(len(other.positions) for other in parcel.values())
-                if parcel and (name in parcel or size + len(change.positions) > PARCEL):
-                    yield parcel
-                    parcel = {}
-                parcel[name] = change
-        if parcel:
-            yield parcel
+                size = sum(len(other.positions) for other in part.values())
+                if part and (name in part or size + len(change.positions) > PARCEL):
+                    yield part
+                    part = {}
+                part[name] = change
+        if part:
+            yield part

@@ -45,7 +45,7 @@ def test_on_policy_sides_take_turns_on_the_same_cores() -> None:
     placement = plan_placement(
         config(device="cpu", learners=1, rollouts=2, cpus_per_learner=1, cpus_per_rollout=0.5)
     )
-    assert [(s.role, s.index, s.bundle, s.threads) for s in placement.seats] == [
+    assert [(s.role, s.index, s.bundle, s.threads) for s in placement.slots] == [
         ("learner", 0, {"CPU": 1}, 2),
         ("rollout", 0, {"CPU": 0.5}, 1),
         ("rollout", 1, {"CPU": 0.5}, 1),
@@ -57,7 +57,7 @@ def test_a_device_per_actor_and_threads_from_its_cpus() -> None:
     placement = plan_placement(
         config(device="npu", learners=2, rollouts=1, cpus_per_learner=4, cpus_per_rollout=8)
     )
-    assert [(s.bundle, s.threads) for s in placement.seats] == [
+    assert [(s.bundle, s.threads) for s in placement.slots] == [
         ({"NPU": 1, "CPU": 4}, 4),
         ({"NPU": 1, "CPU": 4}, 4),
         ({"NPU": 1, "CPU": 8}, 8),
@@ -67,21 +67,21 @@ def test_a_device_per_actor_and_threads_from_its_cpus() -> None:
 def test_an_engine_has_a_card_for_each_parallel_rank() -> None:
     rollout = {"engine": "vllm", "engine_args": {"tensor_parallel_size": 4}}
     placement = plan_placement(config(rollout, device="npu", learners=2, rollouts=2))
-    assert [seat.bundle["NPU"] for seat in placement.seats] == [1, 1, 4, 4]
+    assert [slot.bundle["NPU"] for slot in placement.slots] == [1, 1, 4, 4]
     assert placement.bundles() == [{"CPU": 1, "NPU": 1}] * 2 + [{"CPU": 1, "NPU": 4}] * 2
 
 
 def test_a_running_server_needs_no_card() -> None:
     rollout = {"engine": "vllm", "servers": ["http://a", "http://b", "http://c"]}
     placement = plan_placement(config(rollout, device="npu", learners=1, rollouts=1))
-    assert [seat.bundle for seat in placement.seats] == [{"NPU": 1, "CPU": 1}] + [{"CPU": 1}] * 3
+    assert [slot.bundle for slot in placement.slots] == [{"NPU": 1, "CPU": 1}] + [{"CPU": 1}] * 3
 
 
 def test_colocated_pairs_share_a_card() -> None:
     placement = plan_placement(
         config({"engine": "vllm"}, device="npu", learners=2, rollouts=2, colocated=True)
     )
-    assert [(seat.role, seat.place) for seat in placement.seats] == [
+    assert [(slot.role, slot.place) for slot in placement.slots] == [
         ("learner", 0),
         ("learner", 1),
         ("rollout", 0),
@@ -146,7 +146,7 @@ def test_a_local_cluster_starts_without_what_nobody_asks() -> None:
 
 def test_nodes_that_are_about_to_register_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     need, told = plan_placement(config(device="cpu", learners=2, rollouts=1)), list[str]()
-    monkeypatch.setattr(placement, "LOOK", 0.0)
+    monkeypatch.setattr(placement, "POLL_S", 0.0)
     growing = iter([{}, {"CPU": 1.0}, {"CPU": 3.0}])
     wait_for_nodes(need, 60, lambda: next(growing), "the Ray cluster at h:1", told.append)
     [line] = told
@@ -227,20 +227,20 @@ def npu_box() -> Iterator[None]:
 def test_the_eight_device_configuration_actor_by_actor(npu_box: None) -> None:
     settings = load_config(CONFIGS / "gsm8k_qwen2.5_0.5b.yaml", ["cluster.device=npu"])
     with Cluster(settings) as cluster:
-        seats = cluster.placement.seats
-        assert len(seats) == 8
-        actors = [cluster.options(where(), seat).remote(None) for seat in seats]
+        slots = cluster.placement.slots
+        assert len(slots) == 8
+        actors = [cluster.options(where(), slot).remote(None) for slot in slots]
         found = ray.get([actor.look.remote() for actor in actors], timeout=120)
         assert len({f["group"] for f in found}) == 1
         assert sorted(int(f["npu"]) for f in found) == list(range(8)), (
             "each actor sees one card, and no two the same"
         )
-        for seat, seen in zip(seats, found, strict=True):
-            assert seen["threads"] == str(seat.threads)
-            assert seen["queue"] == ("2" if seat.role == "learner" else "1")
-            assert seen["resources"] == {"NPU": 1.0, "CPU": seat.bundle["CPU"]}
+        for slot, seen in zip(slots, found, strict=True):
+            assert seen["threads"] == str(slot.threads)
+            assert seen["queue"] == ("2" if slot.role == "learner" else "1")
+            assert seen["resources"] == {"NPU": 1.0, "CPU": slot.bundle["CPU"]}
             bundles = ray.util.placement_group_table(cluster._group)["bundles"]
-            assert bundles[seats.index(seat)] == {"NPU": 1.0, "CPU": seat.bundle["CPU"]}
+            assert bundles[slots.index(slot)] == {"NPU": 1.0, "CPU": slot.bundle["CPU"]}
     assert ray.is_initialized(), "a cluster that was joined is not shut down"
 
 
@@ -249,7 +249,7 @@ def test_a_colocated_learner_and_engine_see_the_same_card(npu_box: None) -> None
     with Cluster(
         config({"engine": "vllm"}, device="npu", learners=3, rollouts=3, colocated=True)
     ) as cluster:
-        actors = [cluster.options(where(), seat).remote(None) for seat in cluster.placement.seats]
+        actors = [cluster.options(where(), slot).remote(None) for slot in cluster.placement.slots]
         cards = [
             found["npu"]
             for found in ray.get([actor.look.remote() for actor in actors], timeout=120)

@@ -119,8 +119,8 @@ def looked(settings: Config) -> list[dict[str, Any]]:
             }
 
     with Cluster(settings) as cluster:
-        seats = cluster.placement.seats
-        actors = [cluster.options(Look, seat).remote() for seat in seats]
+        slots = cluster.placement.slots
+        actors = [cluster.options(Look, slot).remote() for slot in slots]
         found: list[dict[str, Any]] = ray.get([a.look.remote() for a in actors], timeout=180)
     return found
 

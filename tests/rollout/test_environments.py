@@ -20,7 +20,7 @@ from emberl.rl.data.tiny import make_tiny, tiny_tokenizer
 from emberl.rollout.crew import Job
 from emberl.rollout.embedded.engine import EmbeddedEngine
 from emberl.rollout.embedded.model import Decoder
-from emberl.rollout.engine import Request
+from emberl.rollout.engine import Partials, Request
 from emberl.rollout.environments import Environment, Episodes, Step, whole
 from emberl.rollout.pool import RolloutPool
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span, merge_spans
@@ -47,10 +47,12 @@ class Scripted:
         self.script, self.version, self.read = script, 0, list[tuple[int, ...]]()
 
     async def generate_all(
-        self, requests: Sequence[Request], begun: Mapping[str, Sequence[Completion]] | None = None
+        self,
+        requests: Sequence[Request],
+        partials: Partials | None = None,
     ) -> AsyncIterator[Completion]:
         for prompt, n, sampling in requests:
-            parts = (begun or {}).get(prompt.id) or [empty(prompt, i) for i in range(n)]
+            parts = (partials or {}).get(prompt.id) or [empty(prompt, i) for i in range(n)]
             assert len(parts) == n
             for part in parts:
                 self.read.append((*prompt.token_ids, *part.token_ids.tolist()))
@@ -97,8 +99,8 @@ class Remote:
     def options(self, **_: Any) -> Remote:
         return self
 
-    async def remote(self, requests: Any, begun: Any) -> AsyncIterator[Any]:
-        async for groups in self.service.generate(requests, begun):
+    async def remote(self, requests: Any, partials: Any) -> AsyncIterator[Any]:
+        async for groups in self.service.generate(requests, partials):
             reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
             reply.set_result(groups)
             yield reply
@@ -503,11 +505,11 @@ class Dies(Remote):
 
     requests = 0
 
-    async def remote(self, requests: Any, begun: Any) -> AsyncIterator[Any]:
+    async def remote(self, requests: Any, partials: Any) -> AsyncIterator[Any]:
         Dies.requests += 1
         if Dies.requests == 2:
             raise TimeoutError("gone")
-        async for reply in super().remote(requests, begun):
+        async for reply in super().remote(requests, partials):
             yield reply
 
 

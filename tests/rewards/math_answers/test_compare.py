@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 from emberl.rewards.math_answers.compare import compare
-from emberl.rewards.math_answers.options import Outcome, Policy
+from emberl.rewards.math_answers.options import Comparison, Options
 from emberl.rewards.math_answers.parser import TooDeep, Unreadable, parse
 from emberl.rewards.math_answers.references import plain_number, read_reference
 from emberl.rewards.math_answers.values import Reading, signature
 from hypothesis import given
 from hypothesis import strategies as st
 
-DEFAULT = Policy()
+DEFAULT = Options()
 PAIRS = [
     line
     for line in (Path(__file__).parent / "pairs.txt").read_text().splitlines()
@@ -141,18 +141,20 @@ DIFFERENT = [
 
 @pytest.mark.parametrize(("gold", "answer"), EQUAL)
 def test_equal(gold: str, answer: str) -> None:
-    assert compare(read_reference(gold), answer, DEFAULT) is Outcome.EQUAL
+    assert compare(read_reference(gold), answer, DEFAULT) is Comparison.EQUAL
 
 
 @pytest.mark.parametrize(("gold", "answer"), DIFFERENT)
 def test_different(gold: str, answer: str) -> None:
-    assert compare(read_reference(gold), answer, DEFAULT) is not Outcome.EQUAL
+    assert compare(read_reference(gold), answer, DEFAULT) is not Comparison.EQUAL
 
 
 @pytest.mark.parametrize("line", PAIRS)
 def test_pairs(line: str) -> None:
     gold, answer = line[2:].split(" <- ")
-    assert (compare(read_reference(gold), answer, DEFAULT) is Outcome.EQUAL) == line.startswith("=")
+    assert (compare(read_reference(gold), answer, DEFAULT) is Comparison.EQUAL) == line.startswith(
+        "="
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,8 +169,8 @@ def test_pairs(line: str) -> None:
     ],
 )
 def test_a_policy_turns_a_verdict(gold: str, answer: str, policy: dict[str, object]) -> None:
-    verdicts = {compare(read_reference(gold), answer, p) for p in (DEFAULT, Policy(**policy))}  # type: ignore[arg-type]
-    assert verdicts == {Outcome.EQUAL, Outcome.DIFFERENT}
+    verdicts = {compare(read_reference(gold), answer, p) for p in (DEFAULT, Options(**policy))}  # type: ignore[arg-type]
+    assert verdicts == {Comparison.EQUAL, Comparison.DIFFERENT}
 
 
 @pytest.mark.parametrize(
@@ -177,9 +179,9 @@ def test_a_policy_turns_a_verdict(gold: str, answer: str, policy: dict[str, obje
 )
 def test_what_would_not_fit_is_not_computed(answer: str) -> None:
     start = time.process_time()
-    assert compare(read_reference("\\sqrt{2}"), answer, DEFAULT) is Outcome.TOO_BIG
+    assert compare(read_reference("\\sqrt{2}"), answer, DEFAULT) is Comparison.TOO_BIG
     # it is no plain number
-    assert compare(read_reference("5"), answer, DEFAULT) is Outcome.DIFFERENT
+    assert compare(read_reference("5"), answer, DEFAULT) is Comparison.DIFFERENT
     assert time.process_time() - start < 0.5
 
 
@@ -209,26 +211,26 @@ def test_depth_and_length_are_bounded(text: str) -> None:
     ],
 )
 def test_repetitions_cost_one_answer_only(text: str) -> None:
-    assert compare(read_reference("500"), text, DEFAULT) is not Outcome.EQUAL
+    assert compare(read_reference("500"), text, DEFAULT) is not Comparison.EQUAL
 
 
 @given(st.fractions(max_denominator=10**6), st.fractions(max_denominator=10**6))
 def test_rationals_are_compared_exactly(a: Fraction, b: Fraction) -> None:
     gold, answer = f"\\frac{{{a.numerator}}}{{{a.denominator}}}", f"{b.numerator}/{b.denominator}"
-    assert (compare(read_reference(gold), answer, DEFAULT) is Outcome.EQUAL) == (a == b)
+    assert (compare(read_reference(gold), answer, DEFAULT) is Comparison.EQUAL) == (a == b)
 
 
 @given(st.text(alphabet="0123456789+-*/^_!(){}[]|<>=,;:%&.\\ abxpife$√π∞'\"", max_size=60))
 def test_any_text_gives_an_outcome(text: str) -> None:
     for gold in ("5", "x^2+1", "(1, 2]"):
-        assert compare(read_reference(gold), text, DEFAULT) in Outcome
+        assert compare(read_reference(gold), text, DEFAULT) in Comparison
 
 
 @given(st.text(alphabet="0123456789+-*/^(){}, abx", min_size=1, max_size=30))
 def test_a_readable_reference_verifies_itself(text: str) -> None:
     reference = read_reference(text)
     if reference.tree is not None and text.strip():
-        assert compare(reference, text, DEFAULT) is Outcome.EQUAL
+        assert compare(reference, text, DEFAULT) is Comparison.EQUAL
 
 
 def test_values_are_exact_where_they_can_be() -> None:

@@ -70,15 +70,15 @@ def test_off_they_write_nothing_and_cost_next_to_nothing(tmp_path: Path) -> None
 
 
 def test_a_worker_says_when_it_had_jobs() -> None:
-    seat = WorkerState(worker=None)
+    state = WorkerState(worker=None)
     before = time.time()
-    seat.busy(2)
-    seat.busy(0)
-    seat.busy(1)
-    first, second = seat.busy_spans()
+    state.busy(2)
+    state.busy(0)
+    state.busy(1)
+    first, second = state.busy_spans()
     assert before <= first[0] <= first[1] <= second[0] <= second[1] <= time.time()
-    [third] = seat.busy_spans()
+    [third] = state.busy_spans()
     assert third[0] == second[1], "what goes on is told in pieces without a gap"
-    seat.busy(0)
-    seat.busy_spans()
-    assert seat.busy_spans() == []
+    state.busy(0)
+    state.busy_spans()
+    assert state.busy_spans() == []

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from emberl.rollout.vllm_backend.placed import AUDIT, NotPlacedError, PlacedModel, layer_of
-from emberl.rollout.vllm_backend.shared_memory import Parcel, read_parcel
+from emberl.rollout.vllm_backend.shared_memory import SharedChanges, read_changes
 from emberl.rollout.weights.changes import between
 from emberl.rollout.weights.patch import (
     CorruptPatchError,
@@ -220,8 +220,8 @@ def test_a_tensor_that_was_made_anew_is_found_before_anything_is_written() -> No
 def test_a_parcel_holds_the_changes_for_other_processes() -> None:
     changes = {name: changed(tensor(RNG.normal(size=SHAPES[name])))[1] for name in ("q", "norm")}
     nothing = between(tensor([1.0]), tensor([1.0]))
-    parcel = Parcel(changes | {"same": nothing})
-    found = read_parcel(parcel.path, parcel.entries)
+    parcel = SharedChanges(changes | {"same": nothing})
+    found = read_changes(parcel.path, parcel.entries)
     assert found.keys() == {"q", "norm", "same"} and not len(found["same"].positions)
     for name, change in changes.items():
         assert found[name].positions.tolist() == change.positions.tolist()
