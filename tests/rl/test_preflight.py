@@ -73,6 +73,7 @@ def test_doubtful_sizes_are_said(
             {"reward": {"parts": {"answer": {"use": "maths"}}}},
             "there is no 'maths'; did you mean 'math'",
         ),
+        (SUMS[:9], {"data": {"heldout": 0}}, "there is nothing to evaluate on: data.heldout=0"),
         (SUMS[:9], {"reward": {"parts": {"answer": {"use": "./gone.py:score"}}}}, "no file"),
         (
             SUMS[:9],
@@ -81,7 +82,7 @@ def test_doubtful_sizes_are_said(
         ),
         (
             [{"question": "Q", "test_list": ["assert f(1) == 1"]}] * 9,
-            {"data": {"heldout": 0}},
+            {"data": {"heldout": 0}, "eval": {"size": 0}},
             "references .* cannot be graded against: .*it is empty; is it the right column, and the right reward.*use=code",
         ),
         (
