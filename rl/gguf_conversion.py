@@ -190,9 +190,11 @@ def _check_vocabulary(
     wanted = "merges" if fields["tokenizer.ggml.model"] == "gpt2" else "scores"
     if not arrays.get(f"tokenizer.ggml.{wanted}"):
         raise ValueError(f"{file} has a tokenizer without {wanted}; {ELSEWHERE}")
-    for name, value in fields.items():
-        id = name.startswith("tokenizer.ggml.") and name.endswith("_token_id")
-        if id and not (isinstance(value, int) and 0 <= value < count):
+    # others, of fill-in-the-middle say, are not read, and may be -1 for none
+    for kind in ("bos", "eos", "unknown", "padding"):
+        name = f"tokenizer.ggml.{kind}_token_id"
+        value = fields.get(name, 0)
+        if not (isinstance(value, int) and 0 <= value < count):
             raise ValueError(f"{file} says {name}={value}, but has {count} tokens; {ELSEWHERE}")
     for tensor in {tensor.tensor_type: tensor for tensor in tensors}.values():
         try:

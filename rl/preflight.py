@@ -44,10 +44,19 @@ def check_inputs(config: Config, *, hub: bool = False) -> list[str]:
             load_loss(config.loss.kind, config.loss.options, PluginFile.of(config.loss.kind))
         if config.advantage.kind not in ADVANTAGES:
             load_advantage(config.advantage.kind, config.advantage.options)
-    if config.data.mixture or config.data.levels:
-        return _check_parts(config, hub)
-    own = config.data.eval_path is not None or config.data.eval_split is not None
-    refuse_nothing_to_evaluate(config, heldout=own or config.data.heldout > 0)
+    parted = bool(config.data.mixture or config.data.levels)
+    # of a part it is the last level that is evaluated on
+    asked = [part.at_levels[-1] for _, part in config.data.parts.values()] if parted else []
+    refuse_nothing_to_evaluate(config, heldout=any(map(_holds_out, asked or [config.data])))
+    return _check_parts(config, hub) if parted else _check_source(config, hub)
+
+
+def _holds_out(data: DataConfig) -> bool:
+    return data.heldout > 0 or data.eval_path is not None or data.eval_split is not None
+
+
+def _check_source(config: Config, hub: bool) -> list[str]:
+    """`check_inputs` of a single source, without what is the user's own code."""
     with user_errors():
         if not is_table(config.data):
             check_data(config.data)
@@ -125,7 +134,7 @@ def _check_parts(config: Config, hub: bool) -> list[str]:
             key = f"data.mixture.{name}" if config.data.mixture else "data"
             key += f".levels[{number}]" if part.levels else ""
             try:
-                one = check_inputs(config.model_copy(update={"data": level}), hub=hub)
+                one = _check_source(config.model_copy(update={"data": level}), hub)
             except ConfigError as error:
                 raise ConfigError(f"{key}: {error}") from error
             said += [f"{key}: {line}" for line in one]

@@ -54,10 +54,10 @@ def without_null_entries(tree: Mapping[str, Any], kinds: Sequence[Any]) -> dict[
     """`tree` without the entries that are null in mappings whose keys are the user's own, such as
     `reward.parts`: so an override takes out what the file has. kinds: the types of the tree."""
     kept: dict[str, Any] = {}
+    free = any(not (isinstance(kind, type) and issubclass(kind, BaseModel)) for kind in kinds)
     for name, value in tree.items():
         inside = [inner for kind in kinds for inner in _inside(kind, name)]
         own = [member for inner in inside for member in members(inner)]
-        free = any(not (isinstance(k, type) and issubclass(k, BaseModel)) for k in kinds)
         if value is None and free and own and not {NoneType, Any} & {*own}:
             continue
         kept[name] = without_null_entries(value, own) if isinstance(value, Mapping) else value

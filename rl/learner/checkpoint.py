@@ -8,7 +8,6 @@ between two training steps, and one of its threads writes the copy while trainin
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -128,10 +127,12 @@ def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
     save_torch_state_dict(tensors, folder)
-    mask = os.umask(0o077)  # it can be read only by setting it
-    os.umask(mask)
+    probe = folder / ".mode"  # os.umask can be read only by setting it, for all threads
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
     for file in folder.glob("*.safetensors"):  # which safetensors leaves to their owner alone
-        file.chmod(0o666 & ~mask)
+        file.chmod(mode)
 
 
 def write_states(snapshot: Snapshot, folder: Path, group: Any) -> None:

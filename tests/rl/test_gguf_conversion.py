@@ -248,6 +248,11 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
         convert(write(tmp_path / "m.gguf", model), tmp_path / "out")
 
 
+def test_a_token_that_is_not_read_may_be_none(tmp_path: Path) -> None:
+    fields = {"tokenizer__ggml__fim_pre_token_id": 2**32 - 1}
+    read_header(write(tmp_path / "m.gguf", make("llama"), **fields))
+
+
 def test_anyone_may_read_what_was_converted(tmp_path: Path) -> None:
     convert(write(tmp_path / "m.gguf", make("llama")), tmp_path / "out")
     modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").iterdir()}

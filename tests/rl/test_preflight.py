@@ -133,6 +133,20 @@ def test_an_evaluation_set_is_looked_at_beforehand(mixed: bool, tmp_path: Path) 
     assert not any("eval.sets" in line for line in checked(**data, eval={"sets": {"x": prose}}))
 
 
+def test_one_part_of_a_mixture_with_held_out_problems_is_enough(tmp_path: Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", SUMS[:9])
+
+    def mixture(heldout: int) -> dict[str, Any]:
+        parts = {"a": {"source": rows, "heldout": heldout}, "b": {"source": rows, "heldout": 0}}
+        return {"source": "", "data": {"mixture": parts}}
+
+    assert checked(**mixture(3))
+    with pytest.raises(ConfigError, match="there is nothing to evaluate on"):
+        checked(**mixture(0))
+    alone = {"size": None, "sets": {"x": {"path": rows}}}
+    assert checked(**mixture(0), eval=alone), "sets of its own are something to evaluate on"
+
+
 def test_the_data_command_shows_rows_verdicts_and_lengths(tmp_path: Path) -> None:
     rows = [
         {"question": "Find 1+1.", "answer": "#### 2"},
