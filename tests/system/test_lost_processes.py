@@ -3,6 +3,7 @@ learned; without the others the run ends with a reason, and goes on when it is s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -140,15 +141,17 @@ def test_a_lost_worker_is_replaced_and_what_it_had_not_answered_is_asked_again(
 
 
 def left_of(process: subprocess.Popen[str], others: list[psutil.Process]) -> list[str]:
-    """Which of what it had started are still there, after the time that Ray takes to notice, but for
-    its agents: these try for a minute to report that to a server which is gone too."""
+    """The processes of those that it had started which are still there after the time that Ray
+    takes to notice, but for its agents: these try for a minute to report that to a server which is
+    gone too."""
     process.wait(timeout=60)
     agents = [each for each in others if each.is_running() and each.name().endswith("Agent")]
     _, there = psutil.wait_procs([each for each in others if each not in agents], timeout=30)
     left = [each for each in there if not ended(each)]
+    seen = [str(each) for each in left]  # before they are killed: it says what each was doing
     for each in [*left, *agents]:
         each.kill()
-    return [str(each) for each in left]
+    return seen
 
 
 def ended(process: psutil.Process) -> bool:
@@ -172,6 +175,11 @@ def test_a_killed_driver_and_a_killed_cluster_are_gone_on_from(emberl: Emberl) -
     os.kill(rank, signal.SIGSTOP)  # else it may be written before the driver is gone
     others = psutil.Process(first.pid).children(recursive=True)
     first.kill()
+    first.wait(timeout=60)
+    # The kernel ends a stopped process whose parents are gone, but not one that was still within
+    # an fsync when they went: it would stay stopped, with nobody left to end it.
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(rank, signal.SIGKILL)
     assert left_of(first, others) == []
 
     second = emberl.start(*begun)
