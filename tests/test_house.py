@@ -191,7 +191,7 @@ BUDGET = {
     "kernels/decoding": 201,
     "kernels/loss": 1_962,
     "kernels/patch_coding": 908,
-    "kernels/transformer": 940,
+    "kernels/transformer": 1_010,
     "rewards": 2_383,
     "rewards/audit": 783,
     "rewards/code_tests": 3_676,

@@ -46,6 +46,16 @@ def norm(x, weight, eps, out, scales):
 
 
 @compiled
+def scaled(x, weight, scales, out):
+    """`norm` by the `scales` that it gave."""
+    rows, width = x.shape
+    for t in range(rows):
+        scale = scales[t]
+        for i in range(width):
+            out[t, i] = narrow(widen(x[t, i]) * scale * widen(weight[i]))
+
+
+@compiled
 def add_norm(x, y, weight, eps, total, out, scales):
     """`norm` of x + y, which `total` receives."""
     rows, width = x.shape

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...kernels.transformer import operators
+from ...kernels.transformer.attention import causal_attention
 from ...kernels.transformer.attention_spans import spans_between
 from .shared_prompts import share_in_attention
 
@@ -130,11 +132,18 @@ def layer_forward(
         self.self_attn,
         self.mlp,
     )
-    normed = operators.rms_norm(x, first.weight, first.variance_epsilon)
     size = attention.head_dim
-    q, k, v = (
-        _linear(part, normed) for part in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
+    readers = (attention.q_proj, attention.k_proj, attention.v_proj)
+    if all(type(part) is nn.Linear for part in readers):
+        q, k, v = operators.norm_linears(
+            x,
+            first.weight,
+            first.variance_epsilon,
+            *((part.weight, part.bias) for part in readers),
+        )
+    else:  # with adapters
+        normed = operators.rms_norm(x, first.weight, first.variance_epsilon)
+        q, k, v = (_linear(part, normed) for part in readers)
     if hasattr(attention, "q_norm"):
         q, k = (
             operators.rms_norm(rows.view(-1, size), norm.weight, norm.variance_epsilon).view_as(
@@ -142,25 +151,38 @@ def layer_forward(
             )
             for rows, norm in ((q, attention.q_norm), (k, attention.k_norm))
         )
-    cos, sin = (
-        turn[..., : size // 2].float().expand(shape[0], -1, -1).reshape(len(x), -1).contiguous()
-        for turn in position_embeddings
-    )
+    cos, sin = (_half(turn, len(x)) for turn in position_embeddings)
     shared = given.get("shared")
     if shared is None:
         spans = spans_between(_borders(shape, given.get("cu_seq_lens_q")))
     else:
         spans = shared.spans
-    answer = operators.causal_attention(
-        q, k, v, cos, sin, spans, size=size, scale=attention.scaling
+    answer = causal_attention(q, k, v, cos, sin, spans, size=size, scale=attention.scaling)
+    return operators.add_norm_mlp(
+        hidden_states,
+        _linear(attention.o_proj, answer),
+        second.weight,
+        second.variance_epsilon,
+        mlp.gate_proj.weight,
+        mlp.up_proj.weight,
+        mlp.down_proj.weight,
     )
-    total, normed = operators.add_rms_norm(
-        x, _linear(attention.o_proj, answer), second.weight, second.variance_epsilon
-    )
-    out = operators.gated_mlp(
-        normed, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
-    )
-    return out.view(shape) + total.view(shape)  # a new tensor: FSDP warns if it gets a view
+
+
+_halves = WeakTensorKeyDictionary()
+"""The result of `_half` for the cosines and sines of the pass: all its layers are given the same
+ones, and each would keep a copy for the backward pass."""
+
+
+def _half(turn: Tensor, tokens: int) -> Tensor:
+    """The first half of the features of cosines or sines [B, L, D], which the second repeats, as
+    float32 [tokens, D / 2]; B is 1 where all rows have the same."""
+    if turn not in _halves:
+        half = turn[..., : turn.shape[-1] // 2].float()
+        rows = tokens // half.shape[1]
+        _halves[turn] = half.expand(rows, -1, -1).reshape(tokens, -1).contiguous()
+    kept: Tensor = _halves[turn]
+    return kept
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ LARGEST_CPU = 2048
 """The same on a CPU: a layer's products are fastest while their operands stay in the caches."""
 SMALLEST = 256
 """Least tokens of a pass, and the step of its size."""
-PASS_BYTES = 1 << 30
+PASS_BYTES = 600 << 20
 """Most bytes of activations of a pass on a CPU, far more than its caches: a larger pass takes
 memory and gains nothing, whatever `optim.micro_batch_tokens` allows."""
 SPARE = 0.8
@@ -73,11 +73,11 @@ def need(
     size = dtype.itemsize
     master = max(4, size)
     heads = (model.heads + 2 * model.kv_heads) * model.head_dim
-    # inputs of the products
-    inner = 4 * model.hidden + heads + model.heads * model.head_dim + 2 * model.intermediate
-    # norms in float32, the rotary embedding's parts, the gate's product and its factors
+    # the residual stream twice, attention's operands and answer, the gate's factors
+    inner = 2 * model.hidden + heads + model.heads * model.head_dim + 2 * model.intermediate
+    # norms, also in float32, the rotary embedding's parts, the gate's product and its factors
     if not fused:
-        inner += (4 * 4 // size + 4) * model.hidden + 4 * heads + 2 * model.intermediate
+        inner += (4 * 4 // size + 6) * model.hidden + 4 * heads + 2 * model.intermediate
     per_layer = inner * size
     token = (
         model.hidden * size * model.layers + per_layer

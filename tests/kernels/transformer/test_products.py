@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from emberl.kernels.transformer import operators
+from emberl.kernels.transformer import attention
 from emberl.kernels.transformer.attention_spans import Span, spans_between
 from emberl.kernels.transformer.operators import linear, transposed
 from emberl.kernels.transformer.sums import add_to
@@ -82,7 +82,7 @@ def test_attention_is_torchs_for_sequences_of_any_length(
 ) -> None:
     heads, kv, size = 4, 2, 16
     spans = spans_between(borders)
-    groups = operators._groups(spans, heads)
+    groups = attention._groups(spans, heads)
     assert [(group.queries >= 0).sum(1).tolist() for group in groups] == together
     count = borders[-1]
     given = (
@@ -93,7 +93,7 @@ def test_attention_is_torchs_for_sequences_of_any_length(
     slope = drawn(count, heads * size, seed=3)
     flat = torch.ones(count, size // 2), torch.zeros(count, size // 2)  # angles of 0: none turns
     leaves = [tensor.clone().requires_grad_() for tensor in given]
-    out = operators.causal_attention(*leaves, *flat, spans, size=size, scale=0.3)
+    out = attention.causal_attention(*leaves, *flat, spans, size=size, scale=0.3)
     found = [out.detach(), *torch.autograd.grad(out, leaves, slope)]
     exact = [tensor.float().requires_grad_() for tensor in given]
     parts = [
@@ -128,7 +128,7 @@ def test_attention_to_a_prompt_is_that_of_sequences_with_their_own_copies() -> N
         Span(90, 1, 30, 50), Span(91, 20, 30, 50),
         Span(111, 6),
     )  # fmt: skip
-    groups = operators._groups(spans, heads)
+    groups = attention._groups(spans, heads)
     assert [(len(group.queries), group.before) for group in groups] == [
         (1, 0), (2, 0), (3, 5), (2, 50),
     ]  # fmt: skip
@@ -149,7 +149,7 @@ def test_attention_to_a_prompt_is_that_of_sequences_with_their_own_copies() -> N
     )
     slope = drawn(count, heads * size, seed=3)
     leaves = [tensor.clone().requires_grad_() for tensor in given]
-    out = operators.causal_attention(
+    out = attention.causal_attention(
         *leaves, angles.cos(), angles.sin(), spans, size=size, scale=0.3
     )
     found = [out.detach(), *torch.autograd.grad(out, leaves, slope)]
