@@ -32,9 +32,10 @@ def plot_curve(metrics: Path, picture: Path, title: str) -> Path | None:
         linewidth=1.2,
         label="training reward (sampled answers)",
     )
-    for name in sorted(
+    parts = sorted(
         {k for r in held_out for k in r if k.startswith("val-aux/") and k.endswith("/accuracy")}
-    ):
+    )
+    for name in parts if len(parts) > 1 else ():  # a single one is the held-out accuracy
         top.plot(
             *_series(held_out, name),
             linewidth=1,

@@ -16,8 +16,8 @@ NAMES = ("costs $5 or $\\frac$", "$", "$x_{$", "\\$5$")
 """What matplotlib would raise for, or set in italics."""
 
 
-def metrics(folder: Path, name: str, rewards: list[float]) -> Path:
-    rows = [
+def metrics(folder: Path, name: str, rewards: list[float], *others: str) -> Path:
+    rows: list[dict[str, object]] = [
         {"stage": "rl", "axis": axis, "step": step, key: value}
         for step, reward in enumerate(rewards, 1)
         for axis, key, value in (
@@ -25,7 +25,7 @@ def metrics(folder: Path, name: str, rewards: list[float]) -> Path:
             ("train", f"reward/{name}/mean", reward),
             ("train", "response_length/mean", 9.0),
             ("eval", "val-core/accuracy", 0.5),
-            ("eval", f"val-aux/{name}/accuracy", 0.25),
+            *(("eval", f"val-aux/{each}/accuracy", 0.25) for each in (name, *others)),
         )
     ]
     file = folder / "metrics.jsonl"
@@ -35,7 +35,7 @@ def metrics(folder: Path, name: str, rewards: list[float]) -> Path:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_no_formula(tmp_path: Path, name: str) -> None:
-    file = metrics(tmp_path, name, [0.25, 0.5])
+    file = metrics(tmp_path, name, [0.25, 0.5], "sums")
     assert plot_curve(file, tmp_path / "curve.png", name) == tmp_path / "curve.png"
     rows = [
         {"train/step": 1, "eval/step": 1, f"reward/{name}/mean": 0.5, f"val-aux/{name}/accuracy": 1}
@@ -71,6 +71,21 @@ def test_no_reward_is_outside_of_the_curve(
     plot_curve(metrics(tmp_path, "sums", rewards), tmp_path / "curve.png", "t")
     assert drawn == [(pytest.approx(low), pytest.approx(high), label)]
     assert image.imread(tmp_path / "curve.png").shape[:2] == (720, 960)
+
+
+@pytest.mark.parametrize(
+    ("others", "lines"),
+    [((), ["held-out accuracy"]), (("b",), ["held-out: a", "held-out: b", "held-out accuracy"])],
+)
+def test_parts_have_lines_of_their_own_where_there_is_more_than_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: tuple[str, ...], lines: list[str]
+) -> None:
+    labels: list[str] = []
+    monkeypatch.setattr(
+        pyplot, "close", lambda f: labels.extend(x.get_label() for x in f.axes[0].get_lines())
+    )
+    plot_curve(metrics(tmp_path, "a", [0.0, 1.0], *others), tmp_path / "curve.png", "t")
+    assert labels == ["training reward (sampled answers)", *lines]
 
 
 @pytest.mark.parametrize(
