@@ -81,13 +81,16 @@ class RolloutWorker:
 
     async def commit(self, version: int) -> dict[str, float]:
         """Serves what was prepared; returns the `receiver.Report`, with the version that is served
-        from now on."""
-        report = await self.receiver.commit(version)
-        return report | {"engine_restarts": float(getattr(self.engine, "restarts", 0))}
+        from now on and the engine's restarts."""
+        return self._with_restarts(await self.receiver.commit(version))
 
     async def catch_up(self, update: WeightUpdate) -> dict[str, float]:
-        """`prepare` and `commit` at once, for a worker that was restarted or joins late."""
-        return await self.receiver.catch_up(update)
+        """`prepare` and `commit` at once, for a worker that was restarted or joins late; returns
+        what `commit` does."""
+        return self._with_restarts(await self.receiver.catch_up(update))
+
+    def _with_restarts(self, report: dict[str, float]) -> dict[str, float]:
+        return report | {"engine_restarts": float(getattr(self.engine, "restarts", 0))}
 
     async def offer(self) -> tuple[str, int]:
         """(node id, version) of this worker, by which a new worker's source is chosen."""

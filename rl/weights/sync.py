@@ -365,12 +365,11 @@ def _figures(published: Published, reports: list[dict[str, float]]) -> dict[str,
     if published.changed is not None:
         figures["sync/changed_fraction"] = published.changed
     if reports:
-        worst = {name: max(float(report[name]) for report in reports) for name in reports[0]}
         figures |= {
-            f"sync/{name}": worst[name]
+            f"sync/{name}": max(float(report[name]) for report in reports)
             for name in ("wire_bytes", "transfer_s", "prepare_s", "apply_s")
         }
-        figures["sync/ratio"] = published.num_bytes / max(1.0, worst["wire_bytes"])
+        figures["sync/ratio"] = published.num_bytes / max(1.0, figures["sync/wire_bytes"])
         figures |= {
             f"sync/{name}": sum(float(report[name]) for report in reports)
             for name in ("digest_failures", "replays")

@@ -21,6 +21,7 @@ from emberl.rollout.weights.patch import (
 )
 from emberl.rollout.weights.transport import Directory, FetchContext, PatchRef, WeightUpdate
 from emberl.rollout.weights.wire_format import pieces
+from emberl.rollout.worker import RolloutWorker
 from table_engine import TableEngine
 
 
@@ -116,6 +117,27 @@ def test_the_next_version_is_prepared_while_an_engine_still_waits_to_change(tmp_
     report = asyncio.run(asyncio.wait_for(play(), 120))
     assert (report["version"], report["digest_failures"]) == (2, 0)
     assert engine.given[1:] == [(0, {"a"}), (1, {"a", "b"})]
+
+
+def test_a_worker_that_joins_late_reports_what_the_others_do(tmp_path: Path) -> None:
+    """In one delivery some commit and one that was restarted catches up: their reports are added
+    up, name by name."""
+    learner = Learner(tmp_path)
+
+    async def play() -> tuple[dict[str, float], dict[str, float]]:
+        first, late = (RolloutWorker.__new__(RolloutWorker) for _ in range(2))  # without an actor
+        for worker, restarts in ((first, 1), (late, 2)):
+            engine: Any = Engine()
+            engine.restarts = restarts
+            worker.engine = engine
+            worker.receiver = Receiver(engine, FetchContext(timeout=5.0))
+        update = learner.publish(0)
+        await first.prepare(update)
+        return await first.commit(0), await late.catch_up(update)
+
+    committed, caught_up = asyncio.run(asyncio.wait_for(play(), 120))
+    assert committed.keys() == caught_up.keys()
+    assert (committed["engine_restarts"], caught_up["engine_restarts"]) == (1, 2)
 
 
 @pytest.mark.parametrize(("damage", "served"), [(1, 1), (2, None)])
