@@ -69,6 +69,7 @@ def test_sixty_steps_with_random_kills_and_stalls(emberl: Emberl, staleness: int
         "cluster.cpus_per_rollout=0.25",
         "cluster.max_restarts=2",
         "rollout.max_restarts=20",
+        "rollout.token_rate=120",  # so that workers are busy when they are hit
         "rollout.timeout=6",
         "sync.timeout=10",
         "cluster.step_timeout=30",
